@@ -864,6 +864,7 @@ class _Claim:
     toaddrs: tuple[str, ...] = ()
     owed: tuple[str, ...] | None = None  # who is left, once the relay took it for others, until the file says so
     stuck = False  # the file can't say so for now
+    taken: Mapping[str, Reply] = {}  # what is to be told then
 
     def __init__(self, queue: Maildir, directory: str, name: str) -> None:
         self.queue, self.directory, self.name = queue, directory, name
@@ -894,7 +895,7 @@ class _Claim:
         self.error = _printable(found[3] or b"")
         start = found.end()  # a large message is read by itself, to be in memory once
         self.message = head[start:] if len(head) == size else os.pread(self.fd, size - start, start)
-        self.message_id = _printable(_header(_headers_of(self.message), b"Message-Id") or "").strip("<>")
+        self.message_id = _printable(_header(_headers_of(self.message), b"Message-Id") or "").strip("<> ")
 
     def keep(self, toaddrs: tuple[str, ...], error: str) -> None:
         """Replace the file by one for *toaddrs* alone; that is locked before it is seen, or it looked abandoned."""
@@ -918,11 +919,24 @@ class _Claim:
         """Note that the relay has taken the message for all but *waiting*: here the window for a duplicate closes."""
         self.owed = waiting
         if waiting:
-            self.keep(waiting, error)
+            try:
+                self.keep(waiting, error)
+            except OSError:
+                self.shorten(waiting)
         else:
             _insist(os.unlink, self.path)
             self.toaddrs = ()
         self.owed = None
+
+    def shorten(self, toaddrs: tuple[str, ...]) -> None:
+        """Write a shorter list over that in the file: for a disk that is too full for another file."""
+        found = _ENVELOPE.match(os.pread(self.fd, 1 << 20, 0))
+        line = f" {', '.join(toaddrs)}".encode().ljust(len(found[2])) if found else b""
+        if not found or len(line) > len(found[2]):
+            raise OSError("no room for the recipients that are left")
+        os.pwrite(self.fd, line, found.start(2))
+        os.fsync(self.fd)
+        self.toaddrs = toaddrs
 
     def defer(self, due: float) -> None:
         self.move("new", f"{_DUE.sub('', self.name)},due={due:.0f}")
@@ -964,7 +978,8 @@ class _Claim:
             self.open.discard(self)
             with contextlib.suppress(OSError):
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
-            os.close(self.fd)
+            with contextlib.suppress(OSError):
+                os.close(self.fd)
 
     @classmethod
     def close_in_child(cls) -> None:
@@ -1033,6 +1048,8 @@ class _Courier(NamedTuple):
                 yield from self._attempt(claim)
             else:  # as good as new, once the file says who is left
                 claim.record(claim.owed, claim.error)
+                claim.stuck = False
+                yield from self._events(claim, "sent", claim.taken)
                 yield from self._defer(claim, {}) if claim.toaddrs else ()
         except RelayUnavailable:
             claim.let_go()
@@ -1040,7 +1057,7 @@ class _Courier(NamedTuple):
         except Exception as error:
             _log.error("%s: %s", _printable(claim.path), _reason(error))
             claim.stuck = claim.owed is not None  # and stays locked: nobody may send it again
-            if not claim.toaddrs:
+            if isinstance(error, ValueError) and not claim.toaddrs:  # it has no envelope
                 claim.give_up()
                 yield MailErrorEvent("", claim.fromaddr, (), _reason(error), "5.6.0")
             elif claim.directory == "cur" and not claim.stuck:
@@ -1056,6 +1073,7 @@ class _Courier(NamedTuple):
             sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
             others = {address: reply for address, reply in replies.items() if address not in sent}
             if sent:
+                claim.taken = sent
                 claim.record(tuple(a for a in claim.toaddrs if a not in sent), _error_line(others.values()))
                 yield from self._events(claim, "sent", sent)
             for address, reply in others.items():
@@ -1595,7 +1613,7 @@ def _addresses(text: str, domain: str) -> list[str]:
 def _say(text: str) -> None:
     if sys.stdout is None:
         raise OSError("standard output is closed")
-    print(text)
+    print(text, flush=True)
 
 
 def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str], operands: Iterable[str]) -> None:
@@ -1744,11 +1762,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _log.error(_reason(error))
     try:
         sys.stdout.flush() if sys.stdout else None
-    except OSError as error:  # let the interpreter not try it again
+    except OSError:  # which was told; let the interpreter not try it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not status:
-            status = _IOERR
-            _log.error("standard output: %s", _reason(error))
     _log.removeHandler(handler)
     return status
 
