@@ -1,0 +1,4830 @@
+"""The specification of sendmail.py, as tests against real servers, files, processes and kills.
+
+    .venv/bin/python -m pytest -q                   all of it
+    .venv/bin/python -m pytest -q -m "not sweep"    without the long sweeps (a kill or a fault at every system call)
+
+Postfix, strace, and the programs that hand mail to sendmail(8) are used where they are installed; where one is not, its
+tests are skipped, and say so.  Some tests need root rights, and say so too.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import email
+import email.policy
+import errno
+import fcntl
+import gc
+import hmac
+import io
+import json
+import logging
+import os
+import pathlib
+import pty
+import pwd
+import queue as queues
+import random
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import smtplib
+import socket
+import sqlite3
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import transaction
+import trustme
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transaction.interfaces import (
+    DoomedTransaction,
+    ISavepointDataManager,
+    NoTransaction,
+    TransactionFailedError,
+)
+from zope.interface.verify import verifyObject
+
+import sendmail
+from sendmail import (
+    DirectMailDelivery,
+    MailDeferredEvent,
+    Maildir,
+    MailErrorEvent,
+    MailEvent,
+    MailSentEvent,
+    QueuedMailDelivery,
+    QueueProcessorThread,
+    RelayUnavailable,
+    Reply,
+    SMTPMailer,
+    StreamMailer,
+)
+
+MODULE = pathlib.Path(sendmail.__file__)
+MESSAGE = b"Message-Id: <m1@example.com>\nDate: Tue, 24 Nov 2026 10:00:00 +0000\nSubject: Hello\n\nHello, Ann.\n"
+SUBDIRECTORIES = ("tmp", "new", "cur", ".failed/new", ".failed/cur")
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Wait for something that another thread or process does; fail when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def crlf(message: bytes) -> bytes:
+    """The message as a relay stores it: every line end, and the last, a CRLF."""
+    text = message.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+    return text if text.endswith(b"\r\n") or not text else text + b"\r\n"
+
+
+def state(queue: Maildir | os.PathLike[str] | str) -> dict[str, list[str]]:
+    """The file names in each directory of a queue that has any."""
+    root = pathlib.Path(getattr(queue, "path", queue))
+    listed = {d: sorted(p.name for p in (root / d).iterdir()) for d in SUBDIRECTORIES if (root / d).is_dir()}
+    return {directory: names for directory, names in listed.items() if names}
+
+
+def content(queue: Maildir | os.PathLike[str] | str) -> list[bytes]:
+    """The contents of all files in a queue, in the order of `state`."""
+    root = pathlib.Path(getattr(queue, "path", queue))
+    return [(root / d / name).read_bytes() for d, names in state(queue).items() for name in names]
+
+
+@dataclasses.dataclass
+class Received:
+    """A message as the relay took it."""
+
+    sender: str
+    recipients: list[str]
+    content: bytes
+    options: list[str]
+    peer: Any = None
+
+
+class Relay:
+    """A real SMTP server (aiosmtpd) that keeps what it takes; `refusals` maps a recipient to its reply."""
+
+    def __init__(self, host: str = "127.0.0.1", **options: Any) -> None:
+        self.received: list[Received] = []
+        self.refusals: dict[str, str] = {}
+        self.sender_reply = ""
+        self.data_reply = ""
+        self.commands: list[str] = []  # "EHLO", "MAIL a@x", "RCPT b@x", "DATA", "QUIT" ..., of all sessions in order
+        self.sessions = 0
+        relay = self
+
+        class Handler:
+            async def handle_EHLO(self, server: Any, session: Any, envelope: Any, hostname: str, responses: Any) -> Any:
+                session.host_name = hostname
+                relay.commands.append("EHLO")
+                return responses
+
+            async def handle_MAIL(self, server: Any, session: Any, envelope: Any, address: str, options: Any) -> str:
+                relay.commands.append(f"MAIL {address}")
+                if relay.sender_reply:
+                    return relay.sender_reply
+                envelope.mail_from = address
+                envelope.mail_options.extend(options)
+                return "250 2.1.0 Ok"
+
+            async def handle_RCPT(self, server: Any, session: Any, envelope: Any, address: str, options: Any) -> str:
+                relay.commands.append(f"RCPT {address}")
+                if address in relay.refusals:
+                    return relay.refusals[address]
+                envelope.rcpt_tos.append(address)
+                return "250 2.1.5 Ok"
+
+            async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+                relay.commands.append("DATA")
+                if relay.data_reply:
+                    return relay.data_reply
+                relay.received.append(Received(
+                    envelope.mail_from, list(envelope.rcpt_tos), envelope.original_content,
+                    list(envelope.mail_options), session.peer))
+                return f"250 2.0.0 Ok: queued as {len(relay.received)}"
+
+            async def handle_QUIT(self, server: Any, session: Any, envelope: Any) -> str:
+                relay.commands.append("QUIT")
+                return "221 2.0.0 Bye"
+
+        class Server(SMTP):
+            def connection_made(self, transport: Any) -> None:
+                relay.sessions += 1
+                super().connection_made(transport)
+
+        class RelayController(Controller):
+            def factory(self) -> SMTP:
+                return Server(self.handler, **self.SMTP_kwargs)
+
+            def _trigger_server(self) -> None:  # port 0 is any: tell it which one it was
+                self.port = self.server.sockets[0].getsockname()[1]
+                super()._trigger_server()
+
+        tls = options.pop("ssl_context", None)
+        options.setdefault("data_size_limit", 2**26)
+        self.controller = RelayController(Handler(), hostname=host, port=0, ssl_context=tls, **options)
+        self.controller.start()
+        self.host = host
+        self.port = self.controller.port
+        self.sessions = 0  # not those by which it was found to be up
+
+    def mailer(self, **options: Any) -> SMTPMailer:
+        return SMTPMailer(self.host, self.port, **options)
+
+    def close(self) -> None:
+        if self.controller._thread is not None:  # or else it was closed already
+            self.controller.stop()
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    server = Relay()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def queue(tmp_path: pathlib.Path) -> Maildir:
+    return Maildir(tmp_path / "queue")
+
+
+@pytest.fixture(autouse=True)
+def clean_slate() -> Iterator[None]:
+    """No subscriber and no transaction left over from one test to the next."""
+    yield
+    sendmail._handlers.clear()
+    transaction.manager.explicit = False
+    transaction.abort()
+
+
+@pytest.fixture
+def events() -> list[MailEvent]:
+    """All events, in order."""
+    happened: list[MailEvent] = []
+    sendmail.subscribe(happened.append)
+    return happened
+
+
+class Scripted:
+    """A small SMTP server for what no real one does on demand: *dialogue(connection)* runs for each connection.
+
+    `connection.line()` reads a command ('' at the end), `connection.say(text)` writes lines, `connection.data()` reads
+    up to the dot, `connection.close()` closes; `connection.greet(*extensions)` does banner and EHLO.
+    """
+
+    def __init__(self, dialogue: Callable[[Connection], None], host: str = "127.0.0.1") -> None:
+        self.dialogue = dialogue
+        self.connections: list[Connection] = []
+        self.socket = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.host, self.port = host, self.socket.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection = Connection(self.socket.accept()[0], len(self.connections) + 1)
+                self.connections.append(connection)
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.dialogue(connection)
+        connection.close()
+
+    def mailer(self, **options: Any) -> SMTPMailer:
+        return SMTPMailer(self.host, self.port, **{"timeout": 5, **options})
+
+    def close(self) -> None:
+        self.socket.close()
+        for connection in self.connections:
+            connection.close()
+
+
+class Connection:
+    def __init__(self, sock: socket.socket, number: int) -> None:
+        self.sock, self.number = sock, number
+        self.file = sock.makefile("rb")
+        self.lines: list[str] = []
+
+    def line(self) -> str:
+        line = self.file.readline().decode("utf-8", "replace").rstrip("\r\n")
+        self.lines.append(line)
+        return line
+
+    def say(self, text: str) -> None:
+        self.sock.sendall(text.replace("\n", "\r\n").encode() + b"\r\n")
+
+    def greet(self, *extensions: str) -> None:
+        self.say("220 scripted ESMTP")
+        self.line()
+        names = ("scripted", *extensions)
+        self.say("\n".join(f"250{' ' if name is names[-1] else '-'}{name}" for name in names))
+
+    def data(self) -> bytes:
+        lines = []
+        while (line := self.file.readline()) not in (b".\r\n", b""):
+            lines.append(line)
+        return b"".join(lines)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., Scripted]]:
+    servers: list[Scripted] = []
+
+    def start(dialogue: Callable[[Connection], None], **options: Any) -> Scripted:
+        servers.append(Scripted(dialogue, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def command_line(*arguments: Any, stdin: bytes = b"", env: dict[str, str] | None = None, **options: Any) -> Any:
+    """Run the command line in a process of its own, to its end."""
+    return subprocess.run(
+        [sys.executable, str(MODULE), *map(str, arguments)], input=stdin, capture_output=True, timeout=60,
+        env={**os.environ, **(env or {})}, check=False, **options,
+    )
+
+
+@pytest.fixture
+def background() -> Iterator[Callable[..., Any]]:
+    """Start processes that are ended, if need be, with the test."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(*command: Any, **options: Any) -> subprocess.Popen[bytes]:
+        processes.append(subprocess.Popen([str(part) for part in command], **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe:
+                pipe.close()
+
+
+# ==================================================================================================== the mailers
+
+
+# ------------------------------------------------------------------------------------- the mailer: replies, classifier
+
+
+@pytest.mark.parametrize(("code", "text", "status"), [
+    (250, "2.1.5 Ok", "2.1.5"), (250, "Ok", "2.0.0"), (251, "", "2.0.0"),
+    (450, "4.2.1 mailbox busy", "4.2.1"), (421, "closing", "4.0.0"), (450, "5.1.1 contradicts itself", "4.0.0"),
+    (550, "5.1.1 <b@x.org> unknown", "5.1.1"), (554, "5.7.999", "5.7.999"), (550, "no such user", "5.0.0"),
+    (550, "4.2.1 contradicts itself", "5.0.0"), (550, "5.1.1.7 is no status", "5.0.0"), (550, "5.1.1-neither", "5.0.0"),
+    (354, "2.0.0 no last word", "4.0.0"),
+])
+def test_the_status_of_a_reply_is_the_enhanced_one_or_else_the_general_one_of_its_code(code, text, status):
+    assert Reply(code, text).status == status
+
+
+@pytest.mark.parametrize(("text", "line"), [
+    ("5.1.1 first\nsecond\r\nthird", "5.1.1 first second third"),
+    ("5.1.1 \x1b[2J\x07bell\x00\x7f", "5.1.1 [2J bell"),
+    ("5.1.1 \u202egnp.exe\u2028\x85end", "5.1.1 gnp.exe end"),
+    ("5.1.1 für Ämter", "5.1.1 für Ämter"),
+])
+def test_the_text_of_a_reply_is_one_printable_line(text, line):
+    assert Reply(550, text).text == line
+
+
+def brief(value: Any) -> str:
+    return repr(value)[:60]
+
+
+COUNTS = {"sent": (1, 0, 0, 0), "deferred": (0, 1, 0, 1), "failed": (0, 0, 1, 0), "outage": (0, 0, 0, 1)}
+
+
+class Does:
+    """A mailer that returns or raises *what*."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def send(self, fromaddr, toaddrs, message):
+        if isinstance(self.what, BaseException):
+            raise self.what
+        return self.what
+
+
+@pytest.mark.parametrize(("does", "outcome", "status"), [
+    (None, "sent", None),
+    ({"b@x.org": Reply(250, "2.0.0 Ok")}, "sent", None),
+    ({"b@x.org": Reply(450, "4.2.1 busy")}, "deferred", "4.2.1"),
+    ({"b@x.org": Reply(421, "closing")}, "deferred", "4.0.0"),
+    ({"b@x.org": Reply(550, "5.1.1 unknown")}, "failed", "5.1.1"),
+    ({"b@x.org": Reply(354, "what")}, "deferred", "4.0.0"),
+    ({"b@x.org": Reply(-1, "what")}, "deferred", "4.0.0"),
+    ({"c@x.org": Reply(250, "2.0.0 Ok")}, "deferred", None),
+    (smtplib.SMTPRecipientsRefused({"b@x.org": (450, b"4.2.1 busy")}), "deferred", "4.2.1"),
+    (smtplib.SMTPRecipientsRefused({"b@x.org": (550, b"5.1.1 unknown")}), "failed", "5.1.1"),
+    (smtplib.SMTPRecipientsRefused({"b@x.org": (530, b"5.7.0 log in")}), "deferred", "4.7.0"),
+    (smtplib.SMTPRecipientsRefused({"b@x.org": (421, b"4.3.2 closing")}), "deferred", "4.3.2"),
+    (smtplib.SMTPSenderRefused(451, b"4.3.0 later", "a@x.org"), "deferred", "4.3.0"),
+    (smtplib.SMTPSenderRefused(553, b"5.1.8 unknown", "a@x.org"), "failed", "5.1.8"),
+    *((smtplib.SMTPSenderRefused(code, b"5.7.0 log in", "a@x.org"), "outage", None)
+      for code in (421, 530, 534, 535, 538)),
+    (smtplib.SMTPDataError(452, b"4.3.1 full"), "deferred", "4.3.1"),
+    (smtplib.SMTPDataError(554, b"5.7.1 spam"), "failed", "5.7.1"),
+    (smtplib.SMTPDataError(421, b"4.3.2 closing"), "deferred", "4.3.2"),
+    *((smtplib.SMTPDataError(code, b"5.7.0 log in"), "deferred", "4.7.0") for code in (530, 534, 535, 538)),
+    (smtplib.SMTPResponseException(554, b"5.6.0 no"), "failed", "5.6.0"),
+    (smtplib.SMTPResponseException(-1, b"what"), "deferred", "4.0.0"),
+    (smtplib.SMTPConnectError(554, b"5.3.2 no service"), "outage", None),
+    (smtplib.SMTPHeloError(550, b"5.7.1 who are you"), "outage", None),
+    (smtplib.SMTPAuthenticationError(535, b"5.7.8 no"), "outage", None),
+    (RelayUnavailable("so it says"), "outage", None),
+    (ConnectionRefusedError(111, "Connection refused"), "outage", None),
+    (socket.gaierror(-2, "Name or service not known"), "outage", None),
+    (smtplib.SMTPServerDisconnected("gone"), "deferred", None),
+    (smtplib.SMTPNotSupportedError("SMTPUTF8"), "deferred", None),
+    (ConnectionResetError(104, "reset"), "deferred", None),
+    (TimeoutError("timed out"), "deferred", None),
+    (ssl.SSLError("bad record"), "deferred", None),
+    (ValueError("a bug\nin the mailer"), "deferred", None),
+], ids=brief)
+def test_whatever_a_mailer_returns_or_raises_is_one_of_four_outcomes(queue, events, does, outcome, status):
+    queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    before = state(queue)
+    counts = QueueProcessorThread(queue, Does(does)).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == COUNTS[outcome]
+    kinds = {"sent": [MailSentEvent], "deferred": [MailDeferredEvent], "failed": [MailErrorEvent], "outage": []}
+    assert [type(event) for event in events] == kinds[outcome]
+    assert (state(queue) == before) == (outcome == "outage")
+    if status:
+        assert events[0].delivery_status == status
+        assert events[0].error_message.isprintable()
+
+
+@pytest.mark.parametrize("error", [
+    RelayUnavailable("no"), OSError("no route"), smtplib.SMTPServerDisconnected("gone"), ValueError("a bug")])
+def test_a_mailer_that_cannot_be_entered_is_an_outage(queue, events, error):
+    class Mailer(Does):
+        def __enter__(self):
+            raise self.what
+
+        def __exit__(self, *_exc_info):
+            raise AssertionError("left, but never entered")
+
+    queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    before = state(queue)
+    counts = QueueProcessorThread(queue, Mailer(error)).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == COUNTS["outage"]
+    assert (state(queue), events) == (before, [])
+
+
+@pytest.mark.parametrize("does", [
+    {"b@x.org": Reply(250, "2.0.0 Ok"), "c@x.org": Reply(450, "4.2.1 busy"), "d@x.org": Reply(550, "5.1.1 unknown")},
+    smtplib.SMTPRecipientsRefused({"b@x.org": (250, b"2.0.0 Ok"), "c@x.org": (450, b"4.2.1 busy"),
+                                   "d@x.org": (550, b"5.1.1 unknown")}),
+], ids=["returned", "raised"])
+def test_every_recipient_has_its_own_fate(queue, events, does):
+    queue.add("a@x.org", ["b@x.org", "c@x.org", "d@x.org"], MESSAGE)
+    counts = QueueProcessorThread(queue, Does(does)).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
+    assert {(type(event), event.toaddrs) for event in events} == {
+        (MailSentEvent, ("b@x.org",)), (MailDeferredEvent, ("c@x.org",)), (MailErrorEvent, ("d@x.org",))}
+    assert [text.split(b"\n")[1] for text in content(queue)] == [b"X-Zope-To: c@x.org", b"X-Zope-To: d@x.org"]
+
+
+# ---------------------------------------------------------------------------------- the mailer: replies on the wire
+
+
+USUAL = {
+    "greeting": "220 scripted ESMTP", "MAIL": "250 2.1.0 Ok", "RCPT": "250 2.1.5 Ok", "DATA": "354 go on",
+    "end": "250 2.0.0 Ok: queued", "STARTTLS": "220 2.0.0 go on", "AUTH": "235 2.7.0 Ok",
+    "QUIT": "221 2.0.0 Bye"}
+
+
+def answering(*extensions: str, tls: ssl.SSLContext | None = None, **answers: Any) -> Callable[[Any], None]:
+    """A dialogue of the usual answers, but for *answers* by verb, "greeting", or "end" (of the data).
+
+    An answer is a text, a callable of line and connection, "" (silence from here on; so after a 421), or None (the
+    connection is closed).  `connection.messages` is what came as data.
+    """
+    hello = ["scripted", *extensions]
+    ehlo = "\n".join(["250-" + line for line in hello[:-1]] + ["250 " + hello[-1]])
+
+    def dialogue(connection: Any) -> None:
+        def answer(verb: str, line: str = "") -> str:
+            text = {**USUAL, "EHLO": ehlo, **answers}.get(verb, "250 2.0.0 Ok")
+            text = text(line, connection) if callable(text) else text
+            if text:
+                connection.say(text)
+            if text == "" or text and text.startswith("421"):
+                while connection.line():
+                    pass
+            if not text or text.startswith("421"):
+                raise ConnectionError
+            return text
+
+        connection.messages = []
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        answer("greeting")
+        while line := connection.line():
+            verb = line.partition(" ")[0].upper()
+            text = answer(verb, line)
+            if verb == "DATA" and text.startswith("354"):
+                connection.messages += filter(None, [connection.data()])
+                answer("end")
+            elif verb == "STARTTLS" and text.startswith("220") and tls:
+                secure(connection, tls)
+
+    return dialogue
+
+
+def secure(connection: Any, tls: ssl.SSLContext) -> None:
+    connection.sock = tls.wrap_socket(connection.sock, server_side=True)
+    connection.file = connection.sock.makefile("rb")
+
+
+def smtp_send(server: Any, *recipients: str, message: bytes = MESSAGE, **options: Any) -> dict[str, Reply]:
+    return server.mailer(**options).send("a@x.org", recipients or ["b@x.org"], message)
+
+
+PIPELINING = pytest.mark.parametrize("pipelining", [(), ("PIPELINING",)], ids=["stepwise", "pipelined"])
+LOGIN_WANTED = [f"{code} 5.7.0 log in first" for code in (530, 534, 535, 538)]
+
+
+@PIPELINING
+@pytest.mark.parametrize("answers", [
+    *({verb: answer} for verb in ("greeting", "EHLO", "MAIL")
+      for answer in (None, "", "421 4.3.2 closing", "what?", "999 what?", "2" * 9000)),
+    {"greeting": "554 5.3.2 no service"}, {"EHLO": "502 5.5.1 no"}, {"EHLO": "550 5.7.1 who are you?"},
+    *({"MAIL": answer} for answer in LOGIN_WANTED),
+], ids=brief)
+def test_what_goes_wrong_before_mail_is_answered_is_an_outage(queue, events, scripted, answers, pipelining):
+    server, patience = scripted(answering(*pipelining, **answers)), 0.2 if "" in answers.values() else 5
+    with pytest.raises(RelayUnavailable):
+        smtp_send(server, timeout=patience)
+    queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    before = state(queue)
+    counts = QueueProcessorThread(queue, server.mailer(timeout=patience)).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == COUNTS["outage"]
+    assert (state(queue), events) == (before, [])
+    assert len(server.connections) <= 3  # the processor's connection stood before its message came: reopened once
+
+
+def test_a_relay_that_is_not_there_is_an_outage():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(RelayUnavailable):
+        SMTPMailer("127.0.0.1", port).send("a@x.org", ["b@x.org"], MESSAGE)
+    with pytest.raises(RelayUnavailable):
+        SMTPMailer("x" * 64).send("a@x.org", ["b@x.org"], MESSAGE)  # no name server is asked for such a name
+
+
+@PIPELINING
+@pytest.mark.parametrize(("answers", "status"), [
+    ({"MAIL": "550 5.7.1 not you"}, "5.7.1"),
+    ({"MAIL": "451 4.3.0 later"}, "4.3.0"),
+    ({"RCPT": "450 4.2.1 busy"}, "4.2.1"),
+    ({"RCPT": "550 no"}, "5.0.0"),
+    ({"RCPT": "550-5.1.1 no\n550-5.1.1 such\n550 5.1.1 user"}, "5.1.1"),
+    ({"DATA": "554 5.5.1 no"}, "5.5.1"),
+    ({"DATA": "451 4.3.0 later"}, "4.3.0"),
+    ({"end": "554 5.7.1 spam"}, "5.7.1"),
+    ({"end": "452 4.3.1 full"}, "4.3.1"),
+    *(({verb: "421 4.3.2 closing"}, "4.3.2") for verb in ("RCPT", "DATA", "end")),
+    *(({verb: answer}, "4.7.0") for verb in ("RCPT", "DATA", "end") for answer in LOGIN_WANTED),
+    *(({verb: None}, "4.4.2") for verb in ("RCPT", "DATA", "end")),
+    *(({verb: ""}, "4.4.2") for verb in ("RCPT", "DATA")),
+    *(({verb: answer}, "4.4.2") for verb in ("RCPT", "DATA", "end")
+      for answer in ("what?", "\xff\xfe\x00", "999 what?", "20 what?", "2" * 9000)),
+], ids=brief)
+def test_what_goes_wrong_after_mail_is_a_reply_of_that_message(scripted, answers, status, pipelining):
+    server = scripted(answering(*pipelining, **answers))
+    replies = smtp_send(server, "b@x.org", "c@x.org", message=MESSAGE * 1000, timeout=0.2 if "" in answers.values() else 5)
+    assert [reply.status for reply in replies.values()] == [status] * 2
+    assert [reply.code // 100 for reply in replies.values()] == [int(status[0])] * 2
+    assert set(replies) == {"b@x.org", "c@x.org"}
+    assert len(server.connections) == 1
+    doubt = status == "4.4.2" and "end" in answers
+    assert all(("may have taken" in reply.text) == doubt for reply in replies.values())
+
+
+def test_a_connection_lost_in_the_middle_of_the_data_defers_the_message(scripted):
+    def cut_off(_line, connection):
+        connection.say("354 go on")
+        connection.line()
+
+    server = scripted(answering(DATA=cut_off))
+    with server.mailer() as mailer:
+        reply = mailer.send("a@x.org", ["b@x.org"], MESSAGE * 100_000)["b@x.org"]
+    assert (reply.code // 100, reply.status, len(server.connections)) == (4, "4.4.2", 1)
+
+
+def test_an_unexpected_success_in_place_of_go_on_is_no_success(scripted):
+    assert smtp_send(scripted(answering("PIPELINING", DATA="250 2.0.0 Ok")))["b@x.org"].code // 100 == 4
+
+
+@PIPELINING
+def test_partial_refusals_are_kept_apart_and_the_dialogue_stays_in_step(scripted, pipelining):
+    answers = {"RCPT TO:<c@x.org>": "450-4.2.1 busy\n450 4.2.1 try later", "RCPT TO:<d@x.org>": "550 5.1.1 unknown"}
+    server = scripted(answering(*pipelining, RCPT=lambda line, _connection: answers.get(line, "250 2.1.5 Ok")))
+    with server.mailer() as mailer:
+        for number in range(2):
+            replies = mailer.send("a@x.org", ["b@x.org", "c@x.org", "d@x.org", "e@x.org"], b"%d" % number)
+            assert [reply.code for reply in replies.values()] == [250, 450, 550, 250]
+            assert replies["c@x.org"].text == "4.2.1 busy 4.2.1 try later"
+    assert [connection.messages for connection in server.connections] == [[b"0\r\n", b"1\r\n"]]
+
+
+@PIPELINING
+@pytest.mark.parametrize("answers", [
+    {"RCPT": "450 4.2.1 busy"},  # and DATA accepted for nobody
+    {"RCPT": "450 4.2.1 busy", "end": "554 5.5.1 no valid recipients"},
+    {"RCPT": "450 4.2.1 busy", "DATA": "503 5.5.1 no recipients"},
+    {"RCPT": "450 4.2.1 busy", "DATA": "554 5.5.1 no recipients"},
+    {"MAIL": "450 4.2.1 busy"},
+    {"MAIL": "450 4.2.1 busy", "RCPT": "503 5.5.1 no sender", "DATA": "503 5.5.1 no sender"},
+], ids=brief)
+def test_data_accepted_for_nobody_is_sent_empty_and_the_recipients_keep_their_replies(scripted, answers, pipelining):
+    def at_first(verb):
+        return lambda _, c: (answers if sum(x.startswith("MAIL") for x in c.lines) == 1 else USUAL).get(verb, USUAL[verb])
+
+    server = scripted(answering(*pipelining, **{verb: at_first(verb) for verb in ("MAIL", "RCPT", "DATA", "end")}))
+    with server.mailer() as mailer:
+        refused = mailer.send("a@x.org", ["b@x.org", "c@x.org"], MESSAGE)
+        accepted = mailer.send("a@x.org", ["b@x.org"], MESSAGE)
+    assert [reply.status for reply in refused.values()] == ["4.2.1"] * 2
+    assert accepted["b@x.org"].code == 250
+    assert [connection.messages for connection in server.connections] == [[crlf(MESSAGE)]]
+
+
+@PIPELINING
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA"])
+@pytest.mark.parametrize("how", [None, "421 4.3.2 closing", "", "what?"], ids=brief)
+def test_a_kept_connection_that_was_dropped_meanwhile_is_reopened_once_and_silently(scripted, verb, how, pipelining):
+    drops = {1}
+
+    def answer(_line, connection):
+        return how if connection.number in drops and server.connections[0].messages else USUAL[verb]
+
+    server = scripted(answering(*pipelining, **{verb: answer}))
+    with server.mailer(timeout=0.2 if how == "" else 5) as mailer:
+        assert mailer.send("a@x.org", ["b@x.org"], b"1")["b@x.org"].code == 250
+        assert mailer.send("a@x.org", ["b@x.org"], b"2")["b@x.org"].code == 250
+        assert [connection.messages for connection in server.connections] == [[b"1\r\n"], [b"2\r\n"]]
+        drops |= {2, 3}  # and if it happens to the new one, too, that is final
+        if verb == "MAIL":
+            with pytest.raises(RelayUnavailable):
+                mailer.send("a@x.org", ["b@x.org"], b"3")
+        else:
+            assert mailer.send("a@x.org", ["b@x.org"], b"3")["b@x.org"].code // 100 == 4
+    assert len(server.connections) == 3
+
+
+@pytest.mark.parametrize("how", ["250 2.0.0 Ok\n421 4.4.2 idle for too long", "250 2.0.0 Ok"], ids=brief)
+def test_a_relay_that_closes_after_every_second_message_gets_them_all(queue, scripted, how):
+    def end(_line, connection):
+        if len(connection.messages) < 2:
+            return "250 2.0.0 Ok"
+        connection.say(how)
+        return None
+
+    server = scripted(answering("PIPELINING", end=end))
+    for _ in range(5):
+        queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    counts = QueueProcessorThread(queue, server.mailer()).process()
+    assert (counts.sent, counts.left) == (5, 0)
+    assert [len(connection.messages) for connection in server.connections] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("how", [None, "421 4.3.2 closing", "what?"], ids=brief)
+def test_a_message_whose_final_reply_is_lost_is_deferred_and_not_sent_twice(queue, events, scripted, how):
+    server = scripted(answering("PIPELINING", end=lambda _, c: how if len(c.messages) == 2 else "250 2.0.0 Ok"))
+    for _ in range(3):
+        queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    counts = QueueProcessorThread(queue, server.mailer()).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (2, 1, 0, 1)
+    assert [type(event) for event in events] == [MailSentEvent, MailDeferredEvent, MailSentEvent]
+    assert [len(connection.messages) for connection in server.connections] == [2, 1]
+
+
+@pytest.mark.parametrize("answers", [
+    {"QUIT": None}, {"QUIT": ""}, {"QUIT": "500 what?"}, {"end": lambda _, c: c.say("250 2.0.0 Ok: queued")}],
+    ids=["closed at QUIT", "silent at QUIT", "refused QUIT", "closed after the reply"])
+def test_nothing_after_the_final_reply_can_undo_it(scripted, answers):
+    server = scripted(answering(**answers))
+    for kept in (contextlib.nullcontext(), mailer := server.mailer()):
+        with kept:
+            assert mailer.send("a@x.org", ["b@x.org"], MESSAGE) == {"b@x.org": Reply(250, "2.0.0 Ok: queued")}
+
+
+def test_a_connection_is_not_used_after_a_421_even_if_the_relay_leaves_it_open(scripted):
+    server = scripted(answering(RCPT=lambda line, _: "421 4.3.2 go away" if "<c@" in line else "250 Ok"))
+    with server.mailer() as mailer:
+        replies = mailer.send("a@x.org", ["b@x.org", "c@x.org", "d@x.org"], b"1")
+        assert [reply.code for reply in replies.values()] == [421] * 3
+        wait_until(lambda: server.connections[0].lines[-1] == "")
+        assert mailer.send("a@x.org", ["b@x.org"], b"2")["b@x.org"].code == 250
+    assert server.connections[0].lines[-2] == "RCPT TO:<c@x.org>"
+    assert server.connections[-1].messages == [b"2\r\n"]
+
+
+def test_recipients_already_refused_keep_their_reply_when_the_connection_is_lost(scripted):
+    server = scripted(answering("PIPELINING", end=None, RCPT=lambda line, _: "550 5.1.1 no" if "<c@" in line else "250 Ok"))
+    assert {a: r.status for a, r in smtp_send(server, "b@x.org", "c@x.org").items()} == {
+        "b@x.org": "4.4.2", "c@x.org": "5.1.1"}
+
+
+@PIPELINING
+def test_a_refused_sender_fails_for_all_recipients_even_if_the_relay_hangs_up(scripted, pipelining):
+    def refuse(_line, connection):
+        connection.say("550 5.7.1 not you")
+
+    replies = smtp_send(scripted(answering(*pipelining, MAIL=refuse)), "b@x.org", "c@x.org", "d@x.org")
+    assert [reply.status for reply in replies.values()] == ["5.7.1"] * 3
+
+
+def test_replies_that_arrive_byte_by_byte_are_understood(scripted):
+    def dialogue(connection):
+        def say(text):
+            for byte in (text.replace("\n", "\r\n") + "\r\n").encode():
+                connection.sock.sendall(bytes([byte]))
+
+        connection.say = say
+        replies = {"RCPT TO:<c@x.org>": "550-5.1.1 no\n550 5.1.1 such user"}
+        answering("PIPELINING", "8BITMIME", RCPT=lambda line, _: replies.get(line, "250-Ok\n250 Ok"))(connection)
+
+    replies = smtp_send(scripted(dialogue), "b@x.org", "c@x.org")
+    assert replies == {"b@x.org": Reply(250, "2.0.0 Ok: queued"), "c@x.org": Reply(550, "5.1.1 no 5.1.1 such user")}
+
+
+def test_the_final_reply_may_take_longer_than_the_timeout(scripted):
+    def end(_line, connection):
+        gone, _, _ = select.select([connection.sock], [], [], 1.0)
+        return None if gone else "250 2.0.0 Ok"
+
+    assert smtp_send(scripted(answering(end=end)), timeout=0.4)["b@x.org"].code == 250
+
+
+def test_each_piece_of_the_data_has_the_whole_timeout(scripted):
+    def slowly(_line, connection):
+        connection.say("354 go on")
+        tail = b""
+        while not tail.endswith(b"\r\n.\r\n"):
+            time.sleep(0.06)  # the slow line
+            tail = tail[-5:] + connection.file.read1(2**19)
+        return "250 2.0.0 Ok"
+
+    server = scripted(answering(DATA=slowly))
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**19)
+    assert smtp_send(server, message=(b"x" * 70 + b"\n") * 2**18, timeout=1)["b@x.org"].code == 250
+
+
+def test_a_group_of_a_hundred_cannot_deadlock_on_small_buffers(scripted):
+    server = scripted(answering("PIPELINING", RCPT="\n".join(["250-" + "x" * 500] * 3 + ["250 Ok"])))
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it its least
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    recipients = [f"{i:064}@{'x' * 180}.org" for i in range(100)]
+    assert {reply.code for reply in smtp_send(server, *recipients).values()} == {250}
+    assert len(server.connections) == 1
+
+
+@pytest.mark.parametrize("how", ["450 4.2.1 busy", None, "421 4.3.2 closing"], ids=repr)
+def test_of_two_groups_the_first_is_not_sent_again_when_the_second_fails(queue, scripted, how):
+    trouble = {"RCPT TO:<r100@x.org>": how}
+    server = scripted(answering("PIPELINING", RCPT=lambda line, _connection: trouble.get(line, USUAL["RCPT"])))
+    queue.add("a@x.org", [f"r{i}@x.org" for i in range(101)], MESSAGE)
+    processor = QueueProcessorThread(queue, server.mailer())
+    counts = processor.process()
+    assert (counts.sent, counts.deferred, counts.left) == (1, 1, 1)
+    assert b"X-Zope-To: r100@x.org\n" in content(queue)[0]
+    trouble.clear()
+    processor._clock = lambda: time.time() + 3700
+    assert processor.process().left == 0
+    commands = [line for connection in server.connections for line in connection.lines]
+    assert [commands.count(f"RCPT TO:<r{i}@x.org>") for i in range(100)] == [1] * 100
+    assert sum(len(connection.messages) for connection in server.connections) == 2
+
+
+def test_the_relays_last_reply_is_in_the_log_and_in_the_event(queue, relay, events, caplog):
+    caplog.set_level(logging.INFO, "sendmail")
+    queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    QueueProcessorThread(queue, relay.mailer()).process()
+    assert events[0].response == "250 2.0.0 Ok: queued as 1"
+    assert any("250 2.0.0 Ok: queued as 1" in message for message in caplog.messages)
+
+
+def test_outside_of_its_context_a_mailer_makes_one_connection_per_message(relay):
+    mailer = relay.mailer()
+    for _ in range(2):
+        mailer.send("a@x.org", ["b@x.org"], MESSAGE)
+    assert relay.sessions == 2
+    with mailer, mailer:
+        for _ in range(2):
+            mailer.send("a@x.org", ["b@x.org"], MESSAGE)
+    wait_until(lambda: relay.commands.count("QUIT") == 3)
+    assert (relay.sessions, len(relay.received)) == (3, 4)
+
+
+def test_the_mailer_speaks_to_an_ipv6_relay(queue):
+    with contextlib.closing(Relay("::1")) as relay:
+        queue.add("a@x.org", ["b@x.org"], MESSAGE)
+        assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+        assert relay.received[0].peer[0] == "::1"
+
+
+# ------------------------------------------------------------------------------------------------ the mailer: TLS, AUTH
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_tls(authority: trustme.CA, identity: str = "127.0.0.1", **validity: Any) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(identity, **validity).configure_cert(context)
+    return context
+
+
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+def tls_dialogue(tls: ssl.SSLContext, implicit: bool = False, **answers: Any) -> Callable[[Any], None]:
+    """STARTTLS is offered, and AUTH only under TLS; or, if *implicit*, all is under TLS."""
+    def dialogue(connection: Any) -> None:
+        if implicit:
+            secure(connection, tls)
+        answering(tls=tls, **{"EHLO": ehlo, **answers})(connection)
+
+    def ehlo(_line: str, connection: Any) -> str:
+        return f"250-scripted\n250 {'AUTH PLAIN' if isinstance(connection.sock, ssl.SSLSocket) else 'STARTTLS'}"
+
+    return dialogue
+
+
+LOGIN = {"username": "ann", "password": "secret"}
+REQUIRED = pytest.mark.parametrize("options", [
+    {"force_tls": True}, {"implicit_tls": True}, LOGIN, {"implicit_tls": True, **LOGIN}], ids=lambda o: " ".join(o))
+LONG_AGO = {"not_before": datetime.datetime(2001, 1, 1), "not_after": datetime.datetime(2002, 1, 1)}
+
+
+def verbs(connection: Any) -> list[str]:
+    return [line.partition(" ")[0].upper() for line in connection.lines if line]
+
+
+@REQUIRED
+def test_a_good_certificate_is_taken_where_tls_is_required(scripted, authority, options):
+    server = scripted(tls_dialogue(server_tls(authority), "implicit_tls" in options))
+    assert smtp_send(server, context=trusting(authority), **options)["b@x.org"].code == 250
+    assert isinstance(server.connections[0].sock, ssl.SSLSocket)
+    assert ("AUTH" in verbs(server.connections[0])) == ("username" in options)
+
+
+@REQUIRED
+@pytest.mark.parametrize("fault", ["unknown authority", "wrong host name", "expired", "unknown to the system"])
+def test_no_other_certificate_is_taken_where_tls_is_required(scripted, authority, options, fault):
+    certificate = {"wrong host name": {"identity": "relay.example"}, "expired": LONG_AGO}.get(fault, {})
+    trusted = {"unknown authority": trusting(trustme.CA()), "unknown to the system": None}
+    server = scripted(tls_dialogue(server_tls(authority, **certificate), "implicit_tls" in options))
+    with pytest.raises(RelayUnavailable, match="(?i)certificate"):
+        smtp_send(server, context=trusted.get(fault, trusting(authority)), **options)
+    assert not {"AUTH", "MAIL"} & {verb for connection in server.connections for verb in verbs(connection)}
+
+
+def test_the_systems_authorities_are_the_default(scripted, authority, tmp_path, monkeypatch):
+    authority.cert_pem.write_to_path(tmp_path / "authorities.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authorities.pem"))
+    assert smtp_send(scripted(tls_dialogue(server_tls(authority))), force_tls=True)["b@x.org"].code == 250
+
+
+@pytest.mark.parametrize("certificate", [{}, {"identity": "relay.example"}, LONG_AGO], ids=["good", "host", "expired"])
+def test_opportunistic_tls_takes_any_certificate(scripted, authority, certificate):
+    server = scripted(tls_dialogue(server_tls(authority, **certificate)))
+    assert smtp_send(server)["b@x.org"].code == 250
+    assert verbs(server.connections[0])[:4] == ["EHLO", "STARTTLS", "EHLO", "MAIL"]
+
+
+@pytest.mark.parametrize("dialogue", [
+    answering("AUTH PLAIN LOGIN CRAM-MD5"),
+    answering("STARTTLS", "AUTH PLAIN LOGIN CRAM-MD5", STARTTLS="454 4.7.0 not now"),
+    answering("STARTTLS", "AUTH PLAIN LOGIN CRAM-MD5", STARTTLS="220 go on\nno TLS"),
+    answering("STARTTLS", "AUTH PLAIN LOGIN CRAM-MD5", STARTTLS="what?"),
+], ids=["not offered", "refused", "handshake failed", "garbage"])
+@pytest.mark.parametrize("options", [{"force_tls": True}, LOGIN, {"implicit_tls": True}], ids=lambda o: " ".join(o))
+def test_where_tls_is_required_nothing_is_said_without_it(scripted, dialogue, options):
+    server = scripted(dialogue)
+    with pytest.raises(RelayUnavailable):
+        smtp_send(server, **options)
+    assert not {"AUTH", "MAIL"} & set(verbs(server.connections[0]))
+    assert not any("c2VjcmV0" in line or "secret" in line for line in server.connections[0].lines)
+
+
+@pytest.mark.parametrize("dialogue", [answering(), answering("STARTTLS", STARTTLS="454 4.7.0 not now")])
+def test_opportunistic_tls_does_without_where_it_is_not_to_be_had(scripted, dialogue):
+    server = scripted(dialogue)
+    assert smtp_send(server)["b@x.org"].code == 250
+    assert len(server.connections) == 1
+
+
+@pytest.mark.parametrize("answers", [
+    {"STARTTLS": "220 go on\nno TLS"},
+    {"EHLO": lambda line, c: "550 5.7.1 no" if isinstance(c.sock, ssl.SSLSocket) else "250-scripted\n250 STARTTLS"},
+], ids=["handshake", "EHLO under TLS"])
+def test_opportunistic_tls_that_fails_half_way_is_an_outage(scripted, authority, answers):
+    broken = answers.get("STARTTLS")
+    server = scripted(answering("STARTTLS", tls=None if broken else server_tls(authority), **answers))
+    with pytest.raises(RelayUnavailable):
+        smtp_send(server)
+    assert [set(verbs(connection)) & {"MAIL", "RCPT", "DATA"} for connection in server.connections] == [set()]
+
+
+def test_what_comes_in_clear_after_the_reply_to_starttls_is_not_believed(scripted, authority):
+    forged = "220 go on\n250-scripted\n250-PIPELINING\n250 SIZE 1"
+    server = scripted(tls_dialogue(server_tls(authority), STARTTLS=forged))
+    assert smtp_send(server, context=trusting(authority), force_tls=True)["b@x.org"].code == 250
+
+
+def test_no_tls_sends_even_the_password_in_clear_because_it_says_so(scripted):
+    server = scripted(answering("STARTTLS", "AUTH PLAIN"))
+    assert smtp_send(server, no_tls=True, **LOGIN)["b@x.org"].code == 250
+    assert server.connections[0].lines[1] == MECHANISMS["PLAIN"][0]
+
+
+@pytest.mark.parametrize("options", [
+    {"no_tls": True, "force_tls": True}, {"no_tls": True, "implicit_tls": True}, {"username": "ann"},
+    {**LOGIN, "auth": "NTLM"}, {**LOGIN, "context": ssl._create_unverified_context()}, {"timeout": 0}], ids=brief)
+def test_settings_that_contradict_each_other_are_refused_at_once(options):
+    with pytest.raises(ValueError):
+        SMTPMailer("127.0.0.1", 25, **options)
+
+
+def b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+CHALLENGE = "<1896.697170952@x.org>"
+MECHANISMS = {
+    "PLAIN": [f"AUTH PLAIN {b64(chr(0) + 'ann' + chr(0) + 'secret')}"],
+    "LOGIN": [f"AUTH LOGIN {b64('ann')}", b64("secret")],
+    "CRAM-MD5": ["AUTH CRAM-MD5", b64("ann " + hmac.new(b"secret", CHALLENGE.encode(), "md5").hexdigest())],
+    "XOAUTH2": [f"AUTH XOAUTH2 {b64(chr(1).join(('user=ann', 'auth=Bearer secret', '', '')))}"],
+}
+
+
+def auth_dialogue(offered: str, verdict: str = "235 2.7.0 Ok", **answers: Any) -> Callable[[Any], None]:
+    def auth(line: str, connection: Any) -> str:
+        challenge = {"LOGIN": b64("Password:"), "CRAM-MD5": b64(CHALLENGE)}.get(line.split()[1])
+        if challenge and verdict[0] == "2":
+            connection.say(f"334 {challenge}")
+            connection.line()
+        return verdict
+
+    return answering(f"AUTH {offered}", AUTH=auth, **answers)
+
+
+@pytest.mark.parametrize(("offered", "auth", "chosen"), [
+    ("PLAIN", None, "PLAIN"), ("LOGIN", None, "LOGIN"), ("LOGIN PLAIN", None, "PLAIN"),
+    ("LOGIN XOAUTH2 PLAIN CRAM-MD5 DIGEST-MD5", None, "CRAM-MD5"), ("login plain", None, "PLAIN"),
+    *(("CRAM-MD5 PLAIN LOGIN XOAUTH2", name, name) for name in MECHANISMS),
+])
+def test_the_best_or_the_named_mechanism_goes_on_the_wire(scripted, offered, auth, chosen):
+    server = scripted(auth_dialogue(offered))
+    assert smtp_send(server, no_tls=True, auth=auth, **LOGIN)["b@x.org"].code == 250
+    lines = server.connections[0].lines
+    assert lines[1:lines.index("MAIL FROM:<a@x.org>")] == MECHANISMS[chosen]
+
+
+@pytest.mark.parametrize(("offered", "auth"), [
+    ("XOAUTH2 DIGEST-MD5", None), ("PLAIN LOGIN", "CRAM-MD5"), ("PLAIN", "XOAUTH2"), ("", None)])
+def test_a_mechanism_that_is_not_offered_is_an_outage_and_no_other_is_tried(scripted, offered, auth):
+    server = scripted(auth_dialogue(offered))
+    with pytest.raises(RelayUnavailable):
+        smtp_send(server, no_tls=True, auth=auth, **LOGIN)
+    assert verbs(server.connections[0]) == ["EHLO"]
+
+
+@pytest.mark.parametrize("verdict", [
+    "535 5.7.8 no", "530 5.7.0 log in", "534 5.7.9 too weak", "538 5.7.11 encrypt", "454 4.7.0 not now", "421 closing",
+    "500 what?", "504 5.5.4 no such mechanism", "what?", None], ids=brief)
+@pytest.mark.parametrize("auth", [None, "PLAIN", "XOAUTH2"])
+def test_a_refused_login_is_an_outage_after_one_try_with_one_mechanism(queue, events, scripted, auth, verdict):
+    server = scripted(answering("AUTH XOAUTH2 LOGIN PLAIN CRAM-MD5", AUTH=verdict))
+    queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    before = state(queue)
+    mailer = server.mailer(no_tls=True, auth=auth, **LOGIN)
+    counts = QueueProcessorThread(queue, mailer).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left, events) == (0, 0, 0, 2, [])
+    assert state(queue) == before
+    assert [verb for connection in server.connections for verb in verbs(connection)].count("AUTH") == 1
+
+
+def test_a_refused_token_has_its_explanation_fetched(scripted):
+    def auth(_line, connection):
+        connection.say(f"334 {b64(json.dumps({'status': '400'}))}")
+        return "535 5.7.8 Username and Password not accepted" if connection.line() == "" else "501 what?"
+
+    server = scripted(answering("AUTH XOAUTH2", AUTH=auth))
+    with pytest.raises(RelayUnavailable, match="535 5.7.8"):
+        smtp_send(server, no_tls=True, auth="XOAUTH2", **LOGIN)
+
+
+def test_a_callable_password_is_asked_at_every_login(scripted):
+    passwords = iter(["one", "two"])
+    server = scripted(auth_dialogue("PLAIN"))
+    mailer = server.mailer(no_tls=True, username="ann", password=lambda: next(passwords))
+    for _ in range(2):
+        with mailer:
+            mailer.send("a@x.org", ["b@x.org"], MESSAGE)
+            mailer.send("a@x.org", ["b@x.org"], MESSAGE)
+    assert [[line for line in c.lines if line.startswith("AUTH")] for c in server.connections] == [
+        [f"AUTH PLAIN {b64(chr(0) + 'ann' + chr(0) + password)}"] for password in ("one", "two")]
+    with pytest.raises(RelayUnavailable):  # StopIteration: the password can't be had
+        mailer.send("a@x.org", ["b@x.org"], MESSAGE)
+
+
+@pytest.mark.parametrize("auth", MECHANISMS)
+def test_a_password_that_cannot_be_sent_is_an_outage_and_is_not_shown(scripted, auth):
+    with pytest.raises(RelayUnavailable) as caught:
+        smtp_send(scripted(auth_dialogue(auth)), no_tls=True, auth=auth, username="ann", password="gehéim")
+    assert not re.search("geh|é|xe9|im$", str(caught.value))
+
+
+# ------------------------------------------------------------------------------ the mailer: addresses, sizes, contents
+
+
+@pytest.mark.parametrize("address", [
+    "a,b@x.org", '"a,b"@x.org', '"a b"@x.org', '"<a>"@x.org', r'"a\"b"@x.org', "o'neil@x.org", "a..b@x.org", "a.@x.org",
+    "b%c@x.org", "b@[127.0.0.1]", "b@[IPv6:::1]", "-b@x.org", "B+tag@X.ORG", "b@x"])
+def test_addresses_go_on_the_wire_as_they_are(scripted, address):
+    server = scripted(answering("PIPELINING"))
+    for sender in (address, ""):
+        assert server.mailer().send(sender, [address], MESSAGE)[address].code == 250
+        assert server.connections[-1].lines[1:3] == [f"MAIL FROM:<{sender}>", f"RCPT TO:<{address}>"]
+
+
+@pytest.mark.parametrize("address", ["b@x.org>\r\nRSET", "b@x.org\nDATA", "b\r@x.org", "b\0@x.org", "b@x.org\u2028"])
+def test_an_address_cannot_smuggle_a_command(scripted, address):
+    server = scripted(answering())
+    for sender, recipient in ((address, "b@x.org"), ("a@x.org", address)):
+        with pytest.raises(ValueError):
+            server.mailer().send(sender, [recipient], MESSAGE)
+    assert server.connections == []
+
+
+@pytest.mark.parametrize(("address", "plain", "smtputf8"), [
+    ("b@bücher.example", "b@xn--bcher-kva.example", "b@xn--bcher-kva.example"),
+    ("b@BÜCHER.example", "b@xn--bcher-kva.example", "b@xn--bcher-kva.example"),
+    ("b@faß.de", None, "b@faß.de"),
+    ("bär@x.org", None, "bär@x.org"),
+    ("bär@bücher.example", None, "bär@bücher.example"),
+])
+def test_non_ascii_addresses_are_encoded_or_need_smtputf8(scripted, address, plain, smtputf8):
+    for extension, wire in (("8BITMIME", plain), ("SMTPUTF8", smtputf8)):
+        server = scripted(answering(extension))
+        replies = smtp_send(server, "c@x.org", address)
+        assert replies["c@x.org"].code == 250
+        lines = server.connections[0].lines
+        parameter = "" if wire is None or wire.isascii() else " SMTPUTF8"
+        assert lines[1:3] == [f"MAIL FROM:<a@x.org>{parameter}", "RCPT TO:<c@x.org>"]
+        if wire is None:
+            assert (replies[address].code // 100, replies[address].status, lines[3]) == (5, "5.6.7", "DATA")
+        else:
+            assert (replies[address].code, lines[3]) == (250, f"RCPT TO:<{wire}>")
+
+
+def test_a_sender_that_needs_smtputf8_where_it_is_not_offered_fails_for_all(scripted):
+    server = scripted(answering())
+    replies = server.mailer().send("är@x.org", ["b@x.org", "c@x.org"], MESSAGE)
+    assert [reply.status for reply in replies.values()] == ["5.6.7"] * 2
+    assert "MAIL" not in verbs(server.connections[0])
+
+
+@pytest.mark.parametrize("message", [b"", b"a", b"a\n", b"a\r", b"a\r\nb\rc\nd\n\re", b"\n" * 40000, b"." * 40000, b".\n" * 7])
+def test_size_is_that_of_the_message_with_all_line_ends_crlf(scripted, message):
+    size = len(crlf(message))
+    for limit, code in ((size - 1, 552), (size, 250), (size + 1, 250)):
+        server = scripted(answering(f"SIZE {limit}"))
+        replies = smtp_send(server, message=message)
+        if limit < 1 or code == 250:  # SIZE 0 is no limit
+            assert replies["b@x.org"].code == 250
+            assert f"MAIL FROM:<a@x.org> SIZE={size}" in server.connections[0].lines
+        else:
+            assert (replies["b@x.org"].code, replies["b@x.org"].status) == (552, "5.3.4")
+            assert "MAIL" not in verbs(server.connections[0])
+
+
+@pytest.mark.parametrize("extension", ["SIZE", "SIZE 0", "SIZE what"])
+def test_a_size_without_a_figure_is_no_limit(scripted, extension):
+    assert smtp_send(scripted(answering(extension)))["b@x.org"].code == 250
+
+
+@pytest.mark.parametrize(("extension", "message", "parameter"), [
+    ("8BITMIME", b"\xc3\xa4", " BODY=8BITMIME"), ("8BITMIME", b"a", ""), ("X", b"\xc3\xa4", "")])
+def test_eight_bit_text_is_declared_where_it_can_be_and_goes_as_it_is_where_not(scripted, extension, message, parameter):
+    server = scripted(answering(extension))
+    assert smtp_send(server, message=message)["b@x.org"].code == 250
+    assert server.connections[0].lines[1] == f"MAIL FROM:<a@x.org>{parameter}"
+    assert server.connections[0].messages == [message + b"\r\n"]
+
+
+SMUGGLERS = [
+    before + dot + after + b"MAIL FROM:<evil@x.org>\r\nRCPT TO:<victim@x.org>\r\nDATA\r\nSubject: smuggled\r\n\r\n.\r\n"
+    for before in (b"", b"\n", b"\r", b"\r\n", b"\r\r\n") for dot in (b".", b"..", b".\0")
+    for after in (b"\n", b"\r", b"\r\n", b"\n\r")]
+
+
+def test_a_message_cannot_smuggle_a_command(relay):
+    with relay.mailer() as mailer:
+        for smuggler in SMUGGLERS:
+            mailer.send("a@x.org", ["b@x.org"], MESSAGE + smuggler)
+    assert [received.content for received in relay.received] == [crlf(MESSAGE + smuggler) for smuggler in SMUGGLERS]
+    assert {received.sender for received in relay.received} == {"a@x.org"}
+    assert not any("evil" in command for command in relay.commands)
+
+
+@pytest.mark.parametrize("mark", [b"\r\n.\r\n", b"\n.\n", b"\r.\r", b"\r\r\n\n.."], ids=repr)
+def test_line_ends_and_dots_are_right_wherever_the_data_is_cut(scripted, mark):
+    server = scripted(answering())
+    messages = [b"x" * (edge + shift) + mark + b"y" for edge in (2**15, 2**16) for shift in range(-6, 3)]
+    with server.mailer() as mailer:
+        for message in messages:
+            assert mailer.send("a@x.org", ["b@x.org"], message)["b@x.org"].code == 250
+    unstuffed = [re.sub(rb"(?m)^\.", b"", data) for data in server.connections[0].messages]
+    assert unstuffed == [crlf(message) for message in messages]
+
+
+parts = st.sampled_from([b"\r", b"\n", b"\r\n", b".", b"..", b"\0", b"\xff", b"From ", b"QUIT\r\n", b"Subject: x\n"])
+local_parts = st.from_regex(r"[\w!#$%&'*+/=?^`{|}~-]{1,12}(\.[\w!#$%&'*+/=?^`{|}~-]{1,12})?", fullmatch=True)
+addresses = st.builds("{}@{}.example".format, local_parts, st.from_regex("[a-z][a-z0-9]{0,9}", fullmatch=True))
+
+
+def test_for_any_bytes_and_any_envelope_what_the_relay_stores_is_what_was_given():
+    with contextlib.closing(Relay(enable_SMTPUTF8=True)) as relay, relay.mailer() as mailer:
+        @settings(deadline=None, max_examples=150)
+        @given(st.lists(parts | st.binary(max_size=30), max_size=20).map(b"".join), addresses | st.just(""),
+               st.lists(addresses, min_size=1, max_size=10, unique=True))
+        def check(message, sender, recipients):
+            replies = mailer.send(sender, recipients, message)
+            assert {address: reply.code for address, reply in replies.items()} == dict.fromkeys(recipients, 250)
+            received = relay.received.pop()
+            assert (received.content, received.sender, received.recipients) == (
+                crlf(message), sender or "<>", recipients)
+
+        check()
+        assert relay.sessions == 1
+
+
+# --------------------------------------------------------------------------------------------- the mailer: what it costs
+
+
+def child(script: str, *arguments: Any, under: Any = ()) -> str:
+    """Run *script* in a process of its own; return what it printed."""
+    ran = subprocess.run([*under, sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True,
+                         timeout=120, env={**os.environ, "PYTHONPATH": str(MODULE.parent)}, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+SEND_TWICE = """
+import sys, sendmail
+with sendmail.SMTPMailer("127.0.0.1", int(sys.argv[1]), no_tls=True) as mailer:
+    for _ in range(2):
+        replies = mailer.send("a@x.org", [f"r{i}@x.org" for i in range(int(sys.argv[2]))], (b"x" * 70 + b"\\n") * 2000)
+        print({reply.code for reply in replies.values()})
+"""
+
+
+def traced(server: Any, recipients: int, trace: pathlib.Path) -> list[str]:
+    """What `SEND_TWICE` does on its connection after EHLO: commands or the size of data where it writes, '?' where it waits."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    strace = ["strace", "-f", "-qq", "-s", "16", "-o", trace, "-e", "trace=sendto,recvfrom"]
+    assert child(SEND_TWICE, server.port, recipients, under=strace) == "{250}\n" * 2
+    calls = [call.groups() for call in re.finditer(
+        r'(sendto|recvfrom)\(\d+, "(.*?)"(?:\.\.\.)?, (\d+), .* = (\d+)', trace.read_text())]
+    start = next(i for i, call in enumerate(calls) if call[0] == "sendto" and call[1].lower().startswith("ehlo"))
+    return ["?" if name == "recvfrom" else re.match(r"[A-Z]{4}|", text)[0] or int(done)
+            for name, text, _size, done in calls[start + 2:]]
+
+
+def test_with_pipelining_a_message_costs_two_writes_of_commands_and_data_and_two_waits(scripted, tmp_path):
+    def one_write(_line, connection):  # as replies arrive where the way is long
+        lines = [connection.line() for _ in range(101)]
+        connection.say("\n".join(["250 Ok"] * 101 + ["354 go on"]))
+        connection.messages += [connection.data()]
+        return "250 2.0.0 Ok" if lines[-1] == "DATA" else None
+
+    steps = traced(scripted(answering("PIPELINING", MAIL=one_write)), 100, tmp_path / "trace")
+    pieces = [step for step in steps if isinstance(step, int)]
+    assert [step for step in steps if not isinstance(step, int)] == ["MAIL", "?", "?"] * 2 + ["QUIT"]
+    assert len(pieces) <= 2 * 5 and max(pieces) <= 65536
+    assert sum(pieces) == 2 * len(crlf((b"x" * 70 + b"\n") * 2000) + b".\r\n")
+
+
+def test_without_pipelining_every_command_is_waited_for(scripted, tmp_path):
+    steps = traced(scripted(answering()), 2, tmp_path / "trace")
+    message = ["MAIL", "?", "RCPT", "?", "RCPT", "?", "DATA", "?", "?"]
+    assert [step for step in steps if not isinstance(step, int)] == message * 2 + ["QUIT"]
+
+
+HIGH_WATER = """
+import sys, sendmail
+mailer = sendmail.SMTPMailer("127.0.0.1", int(sys.argv[1]), no_tls=True)
+if len(sys.argv) > 2:
+    assert sendmail.QueueProcessorThread(sys.argv[2], mailer).process().sent == 1
+else:
+    assert mailer.send("a@x.org", ["b@x.org"], (b"x" * 79 + b"\\n") * 327680)["b@x.org"].code == 250
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="/proc is not there to tell the peak of the memory")
+@pytest.mark.parametrize("queued", [False, True], ids=["mailer", "processor"])
+def test_a_message_of_25_mb_takes_less_than_three_times_its_size(queue, scripted, queued):
+    message = (b"x" * 79 + b"\n") * 327680
+    server = scripted(answering("PIPELINING", "SIZE"))
+    if queued:
+        queue.add("a@x.org", ["b@x.org"], MESSAGE + message)
+    peak = int(child(HIGH_WATER, server.port, *[queue.path] * queued)) * 1024
+    assert server.connections[0].messages[0].endswith(crlf(message))
+    assert peak < 3 * len(message)
+
+
+def test_each_thread_has_a_connection_of_its_own(scripted):
+    server = scripted(answering(MAIL=lambda line, c: f"250 2.1.0 {c.number} {line}"))
+    mailer, met = server.mailer(), threading.Barrier(3)
+
+    def work(sender):
+        with mailer:
+            for number in range(5):
+                met.wait(10)
+                assert mailer.send(sender, ["b@x.org"], b"%d" % number)["b@x.org"].code == 250
+
+    with mailer:
+        threads = [threading.Thread(target=work, args=(f"{i}@x.org",)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert mailer.send("m@x.org", ["b@x.org"], b"m")["b@x.org"].code == 250
+    senders = [{line for line in c.lines if line.startswith("MAIL")} for c in server.connections]
+    assert sorted(map(len, senders)) == [1] * 4
+    assert sorted(len(c.messages) for c in server.connections) == [1, 5, 5, 5]
+
+
+def forked(work: Callable[[], Any]) -> None:
+    """Do *work* in a forked child."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a fork in a process with threads, since Python 3.12
+def test_a_fork_does_not_inherit_the_connection(scripted):
+    server = scripted(answering())
+    with server.mailer() as mailer:
+        mailer.send("a@x.org", ["b@x.org"], b"1")
+        forked(lambda: mailer.send("a@x.org", ["b@x.org"], b"2"))
+        mailer.send("a@x.org", ["b@x.org"], b"3")
+    assert [connection.messages for connection in server.connections] == [[b"1\r\n", b"3\r\n"], [b"2\r\n"]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_that_leaves_the_context_does_not_end_its_parents_dialogue(scripted):
+    server = scripted(answering())
+    with server.mailer() as mailer:
+        mailer.send("a@x.org", ["b@x.org"], b"1")
+        forked(lambda: mailer.__exit__(None, None, None))
+        mailer.send("a@x.org", ["b@x.org"], b"2")
+    assert [connection.messages for connection in server.connections] == [[b"1\r\n", b"2\r\n"]]
+
+
+def test_the_stream_mailer_prints(queue, events, capsys):
+    queue.add("a@x.org", ["b@x.org", "c@x.org"], MESSAGE)
+    assert QueueProcessorThread(queue, StreamMailer()).process().sent == 1
+    printed = capsys.readouterr().out
+    assert MESSAGE.decode() in printed
+    assert all(address in printed for address in ("a@x.org", "b@x.org", "c@x.org"))
+    assert [event.toaddrs for event in events] == [("b@x.org", "c@x.org")]
+
+
+def test_a_closed_stream_is_an_outage(queue, tmp_path):
+    queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    stream = (tmp_path / "out").open("w")
+    stream.close()
+    counts = QueueProcessorThread(queue, StreamMailer(stream)).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == COUNTS["outage"]
+
+
+# --------------------------------------------------------------------------------------------------- the mailer: Postfix
+
+
+MAIN_CF = """
+compatibility_level = 3.6
+queue_directory = {root}/spool
+data_directory = {root}/data
+maillog_file = {root}/log
+maillog_file_prefixes = {root}
+myhostname = relay.example.com
+mydestination =
+alias_maps =
+inet_interfaces = 127.0.0.1
+mynetworks = 127.0.0.0/8
+local_header_rewrite_clients =
+notify_classes =
+relayhost = [127.0.0.1]:{beyond}
+disable_dns_lookups = yes
+smtpd_peername_lookup = no
+smtpd_error_sleep_time = 0
+smtpd_recipient_limit = 100
+message_size_limit = 200000
+smtpd_forbid_bare_newline = reject
+smtpd_forbid_bare_newline_exclusions =
+smtpd_relay_restrictions = permit_mynetworks, reject
+smtpd_recipient_restrictions = check_recipient_access texthash:{root}/etc/access, permit_mynetworks, reject
+smtpd_tls_security_level = may
+smtpd_tls_chain_files = {root}/etc/server.pem
+smtpd_tls_auth_only = yes
+smtpd_sasl_auth_enable = yes
+smtpd_sasl_local_domain = x.org
+cyrus_sasl_config_path = {root}/etc/sasl
+"""
+MASTER_CF = """
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+smtp unix - - n - - smtp
+relay unix - - n - - smtp
+retry unix - - n - - error
+anvil unix - - n - 1 anvil
+proxymap unix - - n - - proxymap
+tlsmgr unix - - n 1000? 1 tlsmgr
+postlog unix-dgram n - n - 1 postlogd
+127.0.0.1:{port} inet n - n - - smtpd
+127.0.0.1:{encrypted} inet n - n - - smtpd -o smtpd_tls_security_level=encrypt
+127.0.0.1:{implicit} inet n - n - - smtpd -o smtpd_tls_wrappermode=yes
+127.0.0.1:{strict} inet n - n - - smtpd -o smtpd_hard_error_limit=3
+"""
+
+
+@dataclasses.dataclass
+class Postfix:
+    """A private Postfix; what it takes, it hands on to the relay *beyond*."""
+
+    beyond: Relay
+    root: pathlib.Path
+    port: int
+    encrypted: int
+    implicit: int
+    strict: int
+
+    def arrived(self, number: int) -> list[Received]:
+        """The next *number* messages that came through."""
+        wait_until(lambda: len(self.beyond.received) >= number)
+        taken, self.beyond.received[:] = list(self.beyond.received), []
+        assert len(taken) == number
+        return taken
+
+
+@pytest.fixture(scope="session")
+def postfix(authority: trustme.CA) -> Iterator[Postfix]:
+    if os.geteuid() != 0 or not all(map(shutil.which, ("postfix", "postconf", "saslpasswd2"))):
+        pytest.skip("needs postfix and saslpasswd2, and to be root")
+    with contextlib.ExitStack() as stack:
+        root = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="postfix-")))
+        root.chmod(0o755)  # Postfix gives up root's rights
+        beyond = Relay(enable_SMTPUTF8=True)
+        stack.callback(beyond.close)
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+        this = Postfix(beyond, root, *[s.getsockname()[1] for s in sockets])
+        for directory in ("etc", "etc/sasl", "spool", "data"):
+            (root / directory).mkdir()
+        shutil.chown(root / "data", "postfix")
+        (root / "etc/access").write_text("busy@x.org 450 4.2.1 busy\ngone@x.org 550 5.1.1 gone\n")
+        (root / "etc/main.cf").write_text(MAIN_CF.format(root=root, beyond=beyond.port))
+        (root / "etc/master.cf").write_text(MASTER_CF.format(**vars(this)))
+        (root / "etc/sasl/smtpd.conf").write_text(
+            f"pwcheck_method: auxprop\nauxprop_plugin: sasldb\nsasldb_path: {root}/etc/sasldb2\n"
+            "mech_list: PLAIN LOGIN CRAM-MD5\n")
+        authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(root / "etc/server.pem")
+        subprocess.run(["saslpasswd2", "-p", "-c", "-f", root / "etc/sasldb2", "-u", "x.org", "ann"],
+                       input=b"secret", check=True)
+        shutil.chown(root / "etc/sasldb2", "postfix")
+        subprocess.run(["postfix", "-c", root / "etc", "check"], check=True)
+        daemons = subprocess.check_output(["postconf", "-c", root / "etc", "-h", "daemon_directory"], text=True).strip()
+        for s in sockets:
+            s.close()
+        master = subprocess.Popen([f"{daemons}/master", "-c", root / "etc"], start_new_session=True)
+        stack.callback(master.wait, 20)
+        stack.callback(master.terminate)  # and it ends its own
+        wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", this.strict)))
+        yield this
+
+
+def test_postfix_takes_refuses_and_defers_recipient_by_recipient(queue, events, postfix):
+    queue.add("a@x.org", ["b@x.org", "busy@x.org", "gone@x.org"], MESSAGE)
+    counts = QueueProcessorThread(queue, SMTPMailer("127.0.0.1", postfix.port)).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
+    sent, *others = sorted(events, key=lambda event: event.toaddrs)
+    assert sent.response.startswith("250 2.0.0 Ok: queued as ")
+    assert [(type(event), event.toaddrs, event.delivery_status) for event in others] == [
+        (MailDeferredEvent, ("busy@x.org",), "4.2.1"), (MailErrorEvent, ("gone@x.org",), "5.1.1")]
+    [received] = postfix.arrived(1)
+    assert (received.sender, received.recipients) == ("a@x.org", ["b@x.org"])
+    assert received.content.endswith(crlf(MESSAGE))
+
+
+def test_after_a_message_that_nobody_got_the_next_one_is_taken_over_the_same_connection(relay, postfix):
+    relay.refusals = {"gone@x.org": "550 5.1.1 gone"}
+    for mailer in (relay.mailer(), SMTPMailer("127.0.0.1", postfix.port)):  # the latter with pipelining
+        with mailer:
+            assert mailer.send("a@x.org", ["gone@x.org"], MESSAGE)["gone@x.org"].status == "5.1.1"
+            assert mailer.send("a@x.org", ["b@x.org"], MESSAGE)["b@x.org"].code == 250
+    assert (relay.sessions, relay.commands.count("EHLO")) == (1, 1)
+    postfix.arrived(1)
+
+
+@pytest.mark.parametrize("auth", [None, "PLAIN", "LOGIN", "CRAM-MD5"])
+@pytest.mark.parametrize("port", ["port", "encrypted", "implicit"])
+def test_postfix_over_tls_with_a_login(postfix, authority, port, auth):
+    mailer = SMTPMailer("127.0.0.1", getattr(postfix, port), "ann@x.org", "secret", auth=auth,
+                        implicit_tls=port == "implicit", context=trusting(authority))
+    with mailer:
+        assert [mailer.send("a@x.org", ["b@x.org"], MESSAGE)["b@x.org"].code for _ in range(2)] == [250, 250]
+    assert all(b"ESMTPSA" in received.content for received in postfix.arrived(2))
+
+
+def test_postfix_that_refuses_the_password_or_wants_tls_is_an_outage(queue, events, postfix, authority):
+    queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    before = state(queue)
+    for mailer, code in (
+        (SMTPMailer("127.0.0.1", postfix.port, "ann@x.org", "wrong", context=trusting(authority)), "535 5.7.8"),
+        (SMTPMailer("127.0.0.1", postfix.encrypted, no_tls=True), "530 5.7.0"),
+    ):
+        with pytest.raises(RelayUnavailable, match=code):
+            mailer.send("a@x.org", ["b@x.org"], MESSAGE)
+        counts = QueueProcessorThread(queue, mailer).process()
+        assert (counts.sent, counts.deferred, counts.failed, counts.left) == COUNTS["outage"]
+        assert (state(queue), events) == (before, [])
+
+
+def test_postfix_gets_no_message_above_its_size_limit(postfix):
+    room = 200_000 - len(crlf(MESSAGE)) - len("\r\n")
+    for excess, status, words in (  # Postfix counts what it adds, too, and says so itself
+        (-2000, "2.0.0", "queued"), (0, "5.3.4", "Error: message file too big"), (1, "5.3.4", "more than the relay takes"),
+    ):
+        message = MESSAGE + b"x" * (room + excess)
+        reply = SMTPMailer("127.0.0.1", postfix.port).send("a@x.org", ["b@x.org"], message)["b@x.org"]
+        assert (reply.status, words in reply.text) == (status, True)
+    assert postfix.arrived(1)[0].content.endswith(b"x\r\n")
+
+
+def test_postfix_sees_no_bare_line_end_and_no_smuggled_command(postfix):
+    with SMTPMailer("127.0.0.1", postfix.port) as mailer:
+        for smuggler in SMUGGLERS:
+            assert mailer.send("a@x.org", ["b@x.org"], MESSAGE + smuggler)["b@x.org"].code == 250
+    assert sorted(received.content[received.content.index(b"Message-Id"):] for received in postfix.arrived(
+        len(SMUGGLERS))) == sorted(crlf(MESSAGE + smuggler) for smuggler in SMUGGLERS)
+
+
+def test_postfix_takes_groups_of_a_hundred(queue, postfix):
+    recipients = [f"r{i}@x.org" for i in range(250)]
+    queue.add("a@x.org", recipients, MESSAGE)
+    counts = QueueProcessorThread(queue, SMTPMailer("127.0.0.1", postfix.port)).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 0, 0, 0)
+    wait_until(lambda: sum(len(received.recipients) for received in postfix.beyond.received) >= 250)
+    arrived = postfix.arrived(len(postfix.beyond.received))
+    assert sorted(address for received in arrived for address in received.recipients) == sorted(recipients)
+
+
+def test_postfix_takes_non_ascii_addresses(postfix):
+    addresses = ["bär@x.org", "b@bücher.example", "b@faß.de"]
+    replies = SMTPMailer("127.0.0.1", postfix.port).send("är@x.org", addresses, "Subject: Grüße\n\näöü\n".encode())
+    assert {reply.code for reply in replies.values()} == {250}
+    [received] = postfix.arrived(1)
+    assert sorted(received.recipients) == ["b@faß.de", "b@xn--bcher-kva.example", "bär@x.org"]
+    assert received.content.endswith("Subject: Grüße\r\n\r\näöü\r\n".encode())
+
+
+def test_postfix_that_closes_after_too_many_errors_hurts_no_message(queue, postfix):
+    for i in range(8):
+        queue.add("a@x.org", ["gone@x.org", *["b@x.org"] * (i == 7)], MESSAGE)
+    counts = QueueProcessorThread(queue, SMTPMailer("127.0.0.1", postfix.strict)).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 0, 8, 0)
+    assert postfix.arrived(1)[0].recipients == ["b@x.org"]
+
+
+# ==================================================================================================== the queue and the processor
+
+
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # for thousands of files: a disk would need minutes
+
+# ------------------------------------------------------------------------------------- a relay that keeps account
+
+
+class Sink:
+    """A relay that keeps account of what each connection took, and whether it was heard of again after that.
+
+    It defers recipients called `deferred…` and refuses those called `refused…`; while `gate` is clear, it takes
+    messages and does not say so; otherwise it does so after `delay` seconds.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, Connection, bytes]] = []
+        self.last: dict[Connection, list[str]] = {}  # whom a connection took it for when it was last heard of
+        self.gate = threading.Event()
+        self.gate.set()
+        self.delay = 0.0
+        self.busy = 0
+        self.lock = threading.Lock()
+        self.server = Scripted(self._serve)
+        self.port = self.server.port
+
+    def mailer(self) -> SMTPMailer:
+        return SMTPMailer("127.0.0.1", self.port, timeout=30)
+
+    def _serve(self, connection: Connection) -> None:
+        with self.lock:
+            self.busy += 1
+        try:
+            self._talk(connection)
+        finally:
+            with self.lock:
+                self.busy -= 1
+
+    def _talk(self, connection: Connection) -> None:
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.greet("PIPELINING")
+        accepted: list[str] = []
+        while line := connection.line():
+            self.last[connection] = []  # what was taken before this line was certainly settled
+            if line.startswith("RCPT"):
+                address = line[len("RCPT TO:<") : -1]
+                reply = {"deferr": "450 4.2.1 busy", "refuse": "550 5.1.1 unknown"}.get(address[:6], "250 2.1.5 Ok")
+                accepted += [address] * reply.startswith("250")
+                connection.say(reply)
+            elif line == "DATA" and accepted:
+                connection.say("354 go on")
+                lines = []
+                while (data := connection.file.readline()) != b".\r\n":
+                    if not data:
+                        return
+                    lines.append(data)
+                self.last[connection] = accepted
+                with self.lock:
+                    self.taken += [(address, connection, b"".join(lines)) for address in accepted]
+                self.gate.wait(60)
+                time.sleep(self.delay)
+                connection.say("250 2.0.0 Ok: queued")
+                accepted = []
+            else:
+                accepted = [] if line.startswith("MAIL") else accepted
+                connection.say("554 5.5.1 no valid recipients" if line == "DATA" else "250 2.0.0 Ok")
+
+    def recipients(self) -> list[str]:
+        return sorted(address for address, _, _ in self.taken)
+
+    def duplicates(self) -> list[str]:
+        """Those recipients who got the message more than once."""
+        return sorted(address for address, n in collections.Counter(self.recipients()).items() if n > 1)
+
+    def duplicates_outside_the_window(self) -> list[str]:
+        """Those among them to whom it was sent again although its first sender lived on after the relay's reply."""
+        takings = [[c for a, c, _ in self.taken if a == address] for address in self.duplicates()]
+        return [address for address, connections in zip(self.duplicates(), takings, strict=True)
+                if any(address not in self.last[earlier] for earlier in connections[:-1])]
+
+
+@pytest.fixture
+def sink() -> Iterator[Sink]:
+    server = Sink()
+    yield server
+    server.gate.set()
+    server.server.close()
+
+
+# ------------------------------------------------------------------- processes under strace, killed or disturbed
+
+FORK_SERVER = """
+import ctypes, json, logging, os, signal, sys, time
+import sendmail, transaction
+
+def tell(text):
+    os.writev(account, [text.replace("\\n", "<LF>").encode() + b"\\n"])
+
+class Tell(logging.Handler):
+    def emit(self, record):
+        tell(f"log {record.levelname} {record.getMessage()}{' TRACEBACK' if record.exc_info else ''}")
+
+logging.getLogger("sendmail").addHandler(Tell())
+sendmail.subscribe(lambda event: tell(f"{type(event).__name__} {' '.join(event.toaddrs)}"))
+for line in sys.stdin:
+    job = json.loads(line)
+    child = 0 if job.get("warm_up") else os.fork()
+    if child:
+        os.waitpid(child, os.WUNTRACED)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    account = os.open(job["account"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    if "warm_up" not in job:
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))  # PR_SET_PTRACER, any: for kernels with Yama
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        exec(job["code"], {**globals(), **job["names"]})
+    except BaseException as error:
+        tell(f"raised {type(error).__name__}: {error}")
+    if "warm_up" not in job:
+        os.getppid()  # marks the end in a trace
+        os._exit(0)
+    print("ready", flush=True)
+"""
+
+
+@dataclasses.dataclass
+class Run:
+    """What a process under strace told, how it ended, and its calls up to the marker."""
+
+    told: list[str]
+    status: int
+    calls: list[tuple[str, str]]
+
+    def count(self) -> collections.Counter[str]:
+        return collections.Counter(name for name, _ in self.calls)
+
+    def find(self, call: str, text: str = "", start: int = 0) -> int:
+        """The index of the first such call from *start* on."""
+        return next(i for i, c in enumerate(self.calls) if i >= start and c[0] == call and text in c[1])
+
+
+class Bench:
+    """Forks processes, each under strace from its first call on, from one that has imported everything; and a sink."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        directory.mkdir()
+        self.sink = Sink()
+        self.server: Any = subprocess.Popen(
+            [sys.executable, "-c", FORK_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=(directory / "stderr").open("w"), env={**os.environ, "PYTHONPATH": str(MODULE.parent)})
+        Maildir(directory / "warm-up").add("app@x.org", ["warm@x.org", "refused@x.org"], MESSAGE)
+        self._job(PASS, directory / "warm-up", warm_up=True)
+        assert self.server.stdout.readline() == "ready\n"
+
+    def _job(self, code: str, root: pathlib.Path, **more: Any) -> None:
+        names = {"path": str(root), "port": self.sink.port, "message": MESSAGE.decode(), **more.pop("names", {})}
+        self.account = root.with_name(root.name + ".account")
+        job = {"code": code, "account": str(self.account), "names": names, **more}
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+
+    def run(self, code: str, root: pathlib.Path, *options: str, **names: Any) -> Run:
+        self._job(code, root, names=names)
+        pid = int(self.server.stdout.readline())
+        trace = root.with_name(root.name + ".trace")
+        command = ["strace", "-f", "-y", "-s", "200", "-o", str(trace), *options, "-p", str(pid)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as strace:
+            assert strace.stderr and b"attached" in strace.stderr.readline()
+            os.kill(pid, signal.SIGCONT)
+            try:
+                strace.wait(120)
+            except subprocess.TimeoutExpired:
+                os.kill(pid, signal.SIGKILL)
+                raise AssertionError(f"it does not end: {options}") from None
+        status = int(self.server.stdout.readline())
+        lines = [line.split(None, 1)[1] for line in trace.read_text(errors="replace").splitlines()]
+        found = [m for line in lines if (m := re.match(r"(<\.\.\. )?(\w+)(?:\(| resumed>)(.*)", line))]
+        calls = [(m[2] + " resumed" * bool(m[1]), m[3]) for m in found]
+        marker = next((i for i, call in enumerate(calls) if call[0] == "getppid"), len(calls))
+        return Run(self.account.read_text().splitlines(), status, calls[:marker])
+
+    def close(self) -> None:
+        self.server.terminate()
+        self.server.communicate()
+        self.sink.server.close()
+
+
+class Benches:
+    """Two of them, for two cores."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.free: queues.SimpleQueue[Bench] = queues.SimpleQueue()
+        self.all = [Bench(directory / "bench1"), Bench(directory / "bench2")]
+        for bench in self.all:
+            self.free.put(bench)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[Bench]:
+        bench = self.free.get()
+        try:
+            bench.sink.taken.clear()
+            yield bench
+        finally:
+            self.free.put(bench)
+
+    def sweep(self, experiment: Callable[..., Any], cases: list[Any]) -> list[Any]:
+        def run(number: int) -> Any:
+            with self.one() as bench:
+                root = bench.directory / f"{experiment.__name__}{number}"
+                result = experiment(bench, root, *cases[number])
+                shutil.rmtree(root, ignore_errors=True)
+                return result
+
+        with concurrent.futures.ThreadPoolExecutor(len(self.all)) as pool:
+            return list(pool.map(run, range(len(cases))))
+
+
+@pytest.fixture(scope="module")
+def benches() -> Iterator[Benches]:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
+        benches = Benches(pathlib.Path(directory))
+        yield benches
+        for bench in benches.all:
+            bench.close()
+
+
+@pytest.fixture
+def bench(benches: Benches) -> Iterator[Bench]:
+    with benches.one() as bench:
+        yield bench
+
+
+ENQUEUE = """
+try:
+    delivery = sendmail.QueuedMailDelivery(sendmail.Maildir(path))
+    for number in range(count):
+        delivery.send("app@x.org", [f"plain{number}@x.org"], message)
+    transaction.commit()
+    tell("committed")
+except Exception as error:
+    transaction.abort()
+    tell(f"raised {type(error).__name__}: {error}")
+"""
+PASS = """
+processor = None
+for _ in range(globals().get("passes", 1)):
+    try:
+        processor = processor or sendmail.QueueProcessorThread(
+            path, sendmail.SMTPMailer("127.0.0.1", port, timeout=30))
+        processor.process()
+    except Exception as error:
+        tell(f"raised {type(error).__name__}: {error}")
+"""
+QUIET = {"brk", "mmap", "munmap", "mprotect", "mremap", "madvise", "futex", "getpid", "gettid", "uname", "getrandom",
+         "rt_sigreturn", "rt_sigprocmask", "rt_sigaction", "restart_syscall", "exit", "exit_group", "clone", "clone3"}
+
+
+def mixed_queue(root: pathlib.Path) -> Maildir:
+    """A plain message, one that has three fates, and the claim of a processor that died."""
+    queue = Maildir(root)
+    queue.add("app@x.org", ["plain@x.org"], MESSAGE)
+    queue.add("app@x.org", ["sent@x.org", "deferred@x.org", "refused@x.org"], MESSAGE)
+    names = state(queue)["new"]
+    queue.add("app@x.org", ["dead@x.org"], MESSAGE)
+    (dead,) = set(state(queue)["new"]) - set(names)
+    os.rename(root / "new" / dead, root / "cur" / dead)
+    return queue
+
+
+def standing(root: pathlib.Path, directory: str) -> list[str]:
+    """The recipients that stand in the files of a directory, each of which must be complete."""
+    found = []
+    for path in (root / directory).glob("[!.]*"):
+        text = path.read_bytes()
+        assert text.startswith(b"X-Zope-From: app@x.org\nX-Zope-To: ") and text.endswith(MESSAGE), (path, text)
+        found += text.split(b"\n")[1].decode().removeprefix("X-Zope-To: ").split(", ")
+    return sorted(found)
+
+
+def standing_recipients(queue: Maildir) -> dict[str, list[str]]:
+    return {directory: standing(pathlib.Path(queue.path), directory) for directory in state(queue)}
+
+
+def assert_nothing_lost(root: pathlib.Path, sink: Sink, later: float = 0.0) -> None:
+    """Make one pass, at once; then each recipient of `mixed_queue` has what it should have."""
+    wait_until(lambda: not sink.busy)
+    for directory in ("new", "cur", ".failed/new"):
+        standing(root, directory)
+    processor = QueueProcessorThread(root, sink.mailer())
+    processor._clock = lambda: time.time() + later
+    assert processor.process().outage is None
+    assert set(sink.recipients()) == {"plain@x.org", "dead@x.org", "sent@x.org"}
+    assert {text for _, _, text in sink.taken} == {crlf(MESSAGE)}
+    assert standing(root, "new") == ["deferred@x.org"]
+    assert set(standing(root, ".failed/new")) == {"refused@x.org"}
+    assert standing(root, "cur") == []
+
+
+def sent_events(run: Run) -> set[str]:
+    return {address for line in run.told if line.startswith("MailSentEvent") for address in line.split()[1:]}
+
+
+# --------------------------------------------------------------------------------------------------------- kills
+
+
+def kill_points(run: Run) -> list[tuple[str, int]]:
+    return [(call, n + 1) for call, count in run.count().items() if call not in QUIET for n in range(count)]
+
+
+def killed_at(call: str, n: int) -> tuple[str, ...]:
+    return "-e", f"trace={call},getppid", "-e", f"inject={call}:signal=SIGKILL:when={n}"
+
+
+@pytest.mark.sweep
+def test_guarantee_1_no_kill_in_a_pass_loses_a_recipient_and_only_the_window_repeats_one(benches: Benches) -> None:
+    with benches.one() as bench:
+        mixed_queue(bench.directory / "traced")
+        traced = bench.run(PASS, bench.directory / "traced")
+        assert traced.status == 0
+
+    def kill_in_pass(bench: Bench, root: pathlib.Path, call: str, n: int) -> tuple[int, list[str]]:
+        mixed_queue(root)
+        run = bench.run(PASS, root, *killed_at(call, n))
+        assert_nothing_lost(root, bench.sink)
+        assert not bench.sink.duplicates_outside_the_window()
+        assert not sent_events(run) & set(bench.sink.duplicates())
+        return run.status, bench.sink.duplicates()
+
+    points = kill_points(traced)
+    results = benches.sweep(kill_in_pass, points)
+    kills = sum(status == -signal.SIGKILL for status, _ in results)
+    repeated = sum(bool(duplicates) for _, duplicates in results)
+    print(f"a pass: {kills} kill points, {repeated} of them in the window for a duplicate")
+    assert kills >= 0.9 * len(points) > 90
+    assert 0 < repeated < kills
+
+
+@pytest.mark.sweep
+def test_guarantee_4_no_kill_in_a_commit_loses_what_was_committed_or_shows_a_part_of_it(benches: Benches) -> None:
+    with benches.one() as bench:
+        traced = bench.run(ENQUEUE, bench.directory / "traced enqueue", count=3)
+        assert traced.told == ["committed"]
+
+    def kill_in_commit(bench: Bench, root: pathlib.Path, call: str, n: int) -> int:
+        run = bench.run(ENQUEUE, root, *killed_at(call, n), count=3)
+        committed = run.told == ["committed"]
+        Maildir(root)  # completes it, if it was cut short
+        visible = standing(root, "new")
+        assert QueueProcessorThread(root, bench.sink.mailer()).process().left == 0
+        assert bench.sink.recipients() == visible == sorted(set(visible))
+        assert visible == ["plain0@x.org", "plain1@x.org", "plain2@x.org"] or not committed
+        return run.status
+
+    points = kill_points(traced)
+    statuses = benches.sweep(kill_in_commit, points)
+    kills = statuses.count(-signal.SIGKILL)
+    print(f"an enqueue of 3 messages and the creation of the queue: {kills} kill points, no duplicate")
+    assert kills >= 0.9 * len(points) > 20
+
+
+# -------------------------------------------------------------------------------------------------------- faults
+
+FAULTS = {
+    "ENOSPC": "openat write fsync rename mkdir",
+    "EIO": "openat write fsync rename unlink flock close pread64 newfstatat getdents64 mkdir ftruncate",
+    "EACCES": "openat rename unlink mkdir newfstatat",
+    "EMFILE": "openat socket pipe2",
+    "EINTR": "openat write fsync rename unlink flock close pread64 getdents64",
+    "ENOENT": "openat rename unlink newfstatat",
+    "ENOLCK": "flock",
+}
+
+
+def fault_points(run: Run) -> list[tuple[str, str, int, str]]:
+    """Each fault at each call, once, and from then on; EINTR only once, for Python repeats what is interrupted."""
+    return [(fault, call, n + 1, lasting) for fault, calls in FAULTS.items() for call in calls.split()
+            for n in range(run.count()[call]) for lasting in ("", "+") if not (lasting and fault == "EINTR")]
+
+
+def fault_at(fault: str, call: str, n: int, lasting: str) -> tuple[str, ...]:
+    return "-e", f"trace={call},getppid", "-e", f"inject={call}:error={fault}:when={n}{lasting}"
+
+
+@pytest.mark.sweep
+def test_no_fault_in_a_pass_loses_or_stops_anything(benches: Benches) -> None:
+    with benches.one() as bench:
+        mixed_queue(bench.directory / "traced faults")
+        traced = bench.run(PASS, bench.directory / "traced faults", passes=2)
+        usual = traced.count()
+
+    def fault_in_pass(bench: Bench, root: pathlib.Path, fault: str, call: str, n: int, lasting: str) -> str:
+        where = f"{fault} at {call} {n}{lasting}"
+        mixed_queue(root)
+        run = bench.run(PASS, root, *fault_at(fault, call, n, lasting), passes=2)
+        try:
+            assert run.status == 0
+            assert run.count()[call] < 3 * usual[call] + 20, "it spins"
+            assert not any("<LF>" in line or "TRACEBACK" in line for line in run.told)
+            sent = sent_events(run)
+            assert lasting or len(sent) >= 2, "it does not go on with the next message"
+            assert lasting or sent == set(bench.sink.recipients()), "what was taken is not told"
+            trouble = [line for line in run.told if line.startswith(("log WARN", "log ERR", "log CRIT", "raised"))]
+            assert fault == "ENOENT" or len(sent) == 3 or any("failed message-id" not in line for line in trouble)
+            assert_nothing_lost(root, bench.sink, later=3700.0)
+            assert lasting or not bench.sink.duplicates()
+            assert not sent & set(bench.sink.duplicates())
+        except Exception as error:
+            return f"{where}: {type(error).__name__} {str(error).splitlines()[0]} {run.told}"
+        return "repeated" if bench.sink.duplicates() else ""
+
+    results = benches.sweep(fault_in_pass, fault_points(traced))
+    failures = [result for result in results if result not in ("", "repeated")]
+    print(f"a pass: {len(results)} faults, {results.count('repeated')} duplicates after one that could record nothing")
+    assert not failures, "\n".join([f"{len(failures)} of {len(results)}", *failures])
+
+
+@pytest.mark.sweep
+def test_no_fault_in_a_commit_leaves_a_message_half_sent(benches: Benches) -> None:
+    with benches.one() as bench:
+        traced = bench.run(ENQUEUE, bench.directory / "traced enqueue faults", count=3)
+
+    def fault_in_commit(bench: Bench, root: pathlib.Path, fault: str, call: str, n: int, lasting: str) -> str:
+        where = f"{fault} at {call} {n}{lasting}"
+        run = bench.run(ENQUEUE, root, *fault_at(fault, call, n, lasting), count=3)
+        try:
+            assert run.status == 0
+            assert not any("<LF>" in line or "TRACEBACK" in line for line in run.told)
+            (raised,) = [line for line in run.told if line.startswith(("committed", "raised"))]
+            stuck = [line.split()[1] for line in run.told if line.startswith("MailErrorEvent")]
+            visible = standing(root, "new") if (root / "new").is_dir() else []
+            if raised == "committed":
+                assert sorted(visible + stuck) == ["plain0@x.org", "plain1@x.org", "plain2@x.org"]
+                assert set(stuck) <= set(standing(root, "tmp")) and (lasting or not stuck)
+                assert len(stuck) == sum(line.startswith("log CRITICAL") for line in run.told)
+            else:
+                assert visible == []
+                assert os.strerror(getattr(__import__("errno"), fault)) in raised
+        except Exception as error:
+            return f"{where}: {type(error).__name__} {str(error).splitlines()[0]} {run.told} {state(root)}"
+        return "committed" if raised == "committed" else "raised"
+
+    results = benches.sweep(fault_in_commit, fault_points(traced))
+    failures = [result for result in results if result not in ("committed", "raised")]
+    print(f"an enqueue: {len(results)} faults, {results.count('committed')} overcome, the others raised")
+    assert not failures, "\n".join([f"{len(failures)} of {len(results)}", *failures])
+
+
+# ----------------------------------------------------------------------------------------------- order of the calls
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_guarantee_4_file_then_name_then_directory_are_durable_before_commit_returns(bench: Bench, count: int) -> None:
+    root = bench.directory / f"durable{count}"
+    run = bench.run(ENQUEUE, root, count=count)
+    first_file = run.find("openat", f"{root}/tmp/")
+    assert run.find("fsync", f"<{root}>") < first_file
+    assert run.find("fsync", f"<{root.parent}>") < first_file
+    renames = [i for i, (name, text) in enumerate(run.calls) if name == "rename" and f'"{root}/new/' in text]
+    files = [run.calls[i][1].split('"')[1] for i in renames]
+    syncs = [text.partition("<")[2].partition(">")[0] for name, text in run.calls[first_file:] if name == "fsync"]
+    assert sorted(syncs) == sorted([*files, f"{root}/new"]) and len(files) == count
+    assert all(run.find("fsync", f"<{file}>") < renames[0] for file in files)
+    before = run.calls[: renames[0]]  # what a thread had begun by then had also ended
+    unfinished = [text for name, text in before if name == "fsync" and "<unfinished" in text]
+    assert len(unfinished) == [name for name, _ in before].count("fsync resumed")
+    assert renames[-1] < run.find("fsync", f"<{root}/new>") < run.find("writev", "committed")
+
+
+def test_guarantee_5_a_changed_recipient_list_is_the_first_thing_written_and_durable_before_the_rest(
+    bench: Bench,
+) -> None:
+    root = bench.directory / "changed"
+    Maildir(root).add("app@x.org", ["sent@x.org", "deferred@x.org", "refused@x.org"], MESSAGE)
+    (name,) = state(root)["new"]
+    run = bench.run(PASS, root)
+    reply = run.find("recvfrom", "Ok: queued")
+    moments = [reply]
+
+    def then(call: str, text: str) -> str:
+        moments.append(run.find(call, text, moments[-1] + 1))
+        return run.calls[moments[-1]][1]
+
+    written = next(text for call, text in run.calls[reply:] if call in ("write", "writev", "sendto", "pwrite64"))
+    assert "X-Zope-To: deferred@x.org, refused@x.org\\n" in written and f"<{root}/tmp/" in written
+    temporary = written.partition("<")[2].partition(">")[0]
+    then("fsync", f"<{temporary}>")
+    then("flock", f"<{temporary}>, LOCK_EX|LOCK_NB")
+    then("rename", f'"{temporary}", "{root}/cur/{name}"')
+    copy = then("write", "X-Zope-To: refused@x.org\\n").partition("<")[2].partition(">")[0]
+    then("fsync", f"<{copy}>")
+    then("rename", f'"{copy}", "{root}/.failed/new/')
+    then("fsync", f"<{root}/.failed/new>")
+    rest = then("write", "X-Zope-To: deferred@x.org\\n").partition("<")[2].partition(">")[0]
+    then("fsync", f"<{rest}>")
+    then("flock", f"<{rest}>, LOCK_EX|LOCK_NB")
+    then("rename", f'"{rest}", "{root}/cur/{name}"')
+    then("rename", f'"{root}/cur/{name}", "{root}/new/{name},due=')
+    assert sent_events(run) == {"sent@x.org"}
+
+
+def test_guarantee_5_a_message_given_up_whole_is_durable_in_failed(bench: Bench) -> None:
+    root = bench.directory / "given up"
+    Maildir(root).add("app@x.org", ["refused@x.org"], MESSAGE)
+    run = bench.run(PASS, root)
+    rename = run.find("rename", f'"{root}/.failed/new/')
+    written = run.find("write", "X-Sendmail-Error: 5.1.1 550 5.1.1 unknown\\n")
+    temporary = run.calls[written][1].partition("<")[2].partition(">")[0]
+    assert written < run.find("fsync", f"<{temporary}>") < rename
+    assert rename < run.find("fsync", f"<{root}/.failed/new>", rename) < run.find("writev", "MailErrorEvent")
+
+
+def test_guarantee_6_nothing_stands_between_the_final_reply_and_what_records_it(bench: Bench) -> None:
+    root = bench.directory / "window"
+    mixed_queue(root)
+    run = bench.run(PASS, root)
+    windows = []
+    for i, (call, text) in enumerate(run.calls):
+        if call == "recvfrom" and "Ok: queued" in text:
+            end = next(j for j in range(i, len(run.calls)) if run.calls[j][0] in ("unlink", "rename"))
+            windows.append([c for c in run.calls[i + 1 : end + 1] if c[0] not in QUIET])
+    unlinks = [window for window in windows if window[-1][0] == "unlink"]
+    assert [[call for call, _ in window] for window in unlinks] == [["unlink"], ["unlink"]]
+    (replacement,) = [window for window in windows if window not in unlinks]
+    writing = {"openat", "newfstatat", "ioctl", "lseek", "fchmod", "write", "fsync", "flock", "close", "rename"}
+    assert {call for call, _ in replacement} <= writing
+    assert all(f"{root}/tmp/" in text or f"{root}/cur/" in text for _, text in replacement)
+
+
+# --------------------------------------------------------------------------------------------- claims and creation
+
+
+def test_guarantee_2_what_cannot_be_locked_is_not_sent(bench: Bench) -> None:
+    root = bench.directory / "no locks"
+    mixed_queue(root)
+    before = state(root)
+    run = bench.run(PASS, root, "-e", "inject=flock:error=ENOLCK:when=1+")
+    assert bench.sink.taken == [] and state(root) == before
+    assert len(run.told) == 3 and all(line.startswith("log ERROR") for line in run.told)
+
+
+def test_guarantee_2_a_lock_on_a_file_that_is_no_longer_there_is_no_claim(
+    queue: Maildir, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue.add("app@x.org", ["old@x.org"], MESSAGE)
+    (path,) = pathlib.Path(queue.path, "new").iterdir()
+    flock = fcntl.flock
+
+    def late_flock(fd: int, operation: int) -> None:
+        if operation != fcntl.LOCK_UN and path.exists() and b"old@" in path.read_bytes():
+            replacement = path.with_name("replacement")  # as another processor does, between our open and our lock
+            replacement.write_bytes(path.read_bytes().replace(b"old@", b"changed@"))
+            replacement.rename(path)
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late_flock)
+    processor = QueueProcessorThread(queue, sink.mailer())
+    processor.process()
+    assert sink.taken == [] and state(queue) == {"new": [path.name]}
+    assert processor.process().sent == 1
+    assert sink.recipients() == ["changed@x.org"]
+
+
+def processor_command(queue: Maildir, port: int, *more: Any) -> list[Any]:
+    return [sys.executable, MODULE, "--maildir", queue.path, "--hostname", "127.0.0.1", "--port", port, *more]
+
+
+def test_guarantee_3_a_living_claim_is_never_robbed_and_a_dead_one_taken_up_at_once(
+    queue: Maildir, sink: Sink, relay: Relay, background: Any
+) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    sink.gate.clear()
+    slow = background(*processor_command(queue, sink.port))
+    wait_until(lambda: sink.taken)
+    other = QueueProcessorThread(queue, relay.mailer())
+    for ahead in (0.0, 3600.0, 86400.0 * 30):
+        other._clock = lambda ahead=ahead: time.time() + ahead
+        counts = other.process()
+        assert (counts.sent, counts.left) == (0, 1)
+    other._clock = time.time
+    slow.kill()
+    slow.wait()
+    counts = other.process()
+    assert (counts.sent, counts.left, state(queue)) == (1, 0, {})
+    assert [message.recipients for message in relay.received] == [["ann@x.org"]]
+
+
+@pytest.mark.parametrize("spawn", ["fork()", "subprocess.Popen(['sleep', '60']).pid"])
+def test_guarantee_3_a_child_of_a_dead_processor_does_not_keep_its_claims(
+    queue: Maildir, relay: Relay, background: Any, spawn: str
+) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    code = f"""
+import os, subprocess, sys, time, sendmail
+def fork():
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        return os.read(reader, 1) and child  # it is up
+    os.write(writer, b"x")
+    time.sleep(60)
+class Mailer:
+    def send(self, fromaddr, toaddrs, message):
+        print({spawn}, flush=True)
+        time.sleep(60)
+sendmail.QueueProcessorThread({queue.path!r}, Mailer()).process()
+"""
+    process = background(sys.executable, "-c", code, stdout=subprocess.PIPE, cwd=MODULE.parent)
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    try:
+        os.kill(child, 0)
+        assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("directory", ["new", "cur"])
+def test_a_message_seen_locked_is_taken_later_though_no_directory_changed(
+    queue: Maildir, relay: Relay, directory: str
+) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    (name,) = state(queue)["new"]
+    path = pathlib.Path(queue.path, directory, name)
+    os.rename(pathlib.Path(queue.path, "new", name), path)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: time.time() + 30  # the directories seem long unchanged
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for _ in range(3):
+            assert processor.process().sent == 0
+        assert state(queue) == {directory: [name]}
+    assert processor.process().sent == 1
+
+
+def test_what_batch_left_over_is_taken_though_no_directory_changed(queue: Maildir, relay: Relay) -> None:
+    for number in range(5):
+        queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer(), batch=2)
+    processor._clock = lambda: time.time() + 30
+    lefts = []
+    for _ in range(3):
+        os.utime(pathlib.Path(queue.path, "new"), (1_600_000_000, 1_600_000_000))
+        os.utime(pathlib.Path(queue.path, "cur"), (1_600_000_000, 1_600_000_000))
+        lefts.append(processor.process().left)
+    assert lefts == [3, 1, 0]
+    assert [message.recipients for message in relay.received] == [[f"{number}@x.org"] for number in range(5)]
+
+
+def test_a_deferred_message_that_falls_due_is_taken_though_no_directory_changed(queue: Maildir, relay: Relay) -> None:
+    relay.data_reply = "450 4.2.0 later"
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    now = time.time() + 30
+    processor._clock = lambda: now
+    assert processor.process().deferred == 1
+    relay.data_reply = ""
+    due = int(state(queue)["new"][0].partition(",due=")[2])
+    for moment, sent in ((now + 10, 0), (due - 1.0, 0), (due + 0.0, 1)):
+        now = moment
+        assert processor.process().sent == sent
+
+
+@pytest.mark.parametrize("missing", ["tmp", "new", "cur", "tmp new", "new cur", "tmp new cur"])
+def test_guarantee_7_a_queue_whose_creation_was_cut_short_is_completed(tmp_path: pathlib.Path, missing: str) -> None:
+    Maildir(tmp_path / "q")
+    for directory in missing.split():
+        (tmp_path / "q" / directory).rmdir()
+    Maildir(tmp_path / "q").add("app@x.org", ["ann@x.org"], MESSAGE)
+    assert len(state(tmp_path / "q")["new"]) == 1
+
+
+@pytest.mark.parametrize("content", [["notes.txt"], ["new/", "old/"], ["tmp/", "cur/", "mail"]])
+def test_guarantee_7_a_directory_that_is_no_queue_is_refused_untouched(tmp_path: pathlib.Path, content: Any) -> None:
+    for name in content:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="not a Maildir"):
+        Maildir(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ----------------------------------------------------------------------------------- outages, poison and odd files
+
+
+class Route:
+    """A mailer that can be pointed at another relay."""
+
+    def __init__(self, mailer: Any) -> None:
+        self.mailer = mailer
+
+    def __enter__(self) -> Any:
+        return self.mailer.__enter__()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.mailer.__exit__(*exc_info)
+
+    def send(self, *arguments: Any) -> Any:
+        return self.mailer.send(*arguments)
+
+
+def reply_to(verb: str, reply: str) -> Callable[[Connection], None]:
+    """A relay that offers AUTH, and answers one command in its own way."""
+
+    def dialogue(connection: Connection) -> None:
+        connection.greet("AUTH PLAIN")
+        while line := connection.line():
+            connection.say(reply if line.startswith(verb) else "250 2.0.0 Ok")
+
+    return dialogue
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextlib.contextmanager
+def expired_certificate() -> Iterator[SMTPMailer]:
+    authority = trustme.CA()
+    theirs, ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1", not_after=datetime.datetime(2020, 1, 1)).configure_cert(theirs)
+    authority.configure_trust(ours)
+    relay = Scripted(lambda connection: theirs.wrap_socket(connection.sock, server_side=True).close())
+    yield SMTPMailer("127.0.0.1", relay.port, implicit_tls=True, context=ours, timeout=5)
+    relay.close()
+
+
+OUTAGES: dict[str, Any] = {
+    "banner 554": lambda connection: connection.say("554 no service"),
+    "banner 421": lambda connection: connection.say("421 4.3.2 come back later"),
+    "banner of another protocol": lambda connection: connection.say("SSH-2.0-OpenSSH_9.2"),
+    "closed at once": lambda connection: None,
+    "hang in the banner": lambda connection: connection.line(),
+    "EHLO 550": lambda connection: [connection.say(line) or connection.line() for line in ("220 x", "550 x", "550 x")],
+    "AUTH 535": reply_to("AUTH", "535 5.7.8 wrong"),
+    "AUTH 454": reply_to("AUTH", "454 4.7.0 directory is down"),
+    "MAIL 530": reply_to("MAIL", "530 5.7.0 authenticate first"),
+    "MAIL 421": reply_to("MAIL", "421 4.3.2 shutting down"),
+}
+
+
+@pytest.mark.parametrize("outage", [*OUTAGES, "port closed", "no such host", "certificate expired"])
+def test_an_outage_is_one_line_a_pass_and_charged_to_no_message(
+    queue: Maildir, sink: Sink, scripted: Any, events: Any, caplog: Any, monkeypatch: Any, outage: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        if outage in OUTAGES:
+            login = {"username": "u", "password": "p", "no_tls": True} if outage.startswith("AUTH") else {}
+            broken = scripted(OUTAGES[outage]).mailer(timeout=0.3, **login)
+        elif outage == "certificate expired":
+            broken = stack.enter_context(expired_certificate())
+        elif outage == "no such host":
+            look_up = socket.getaddrinfo
+
+            def getaddrinfo(host: Any, *rest: Any, **options: Any) -> Any:  # nothing here may ask a real name server
+                if host == "relay.invalid":
+                    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+                return look_up(host, *rest, **options)
+
+            monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+            broken = SMTPMailer("relay.invalid", 25)
+        else:
+            broken = SMTPMailer("127.0.0.1", closed_port())
+        for number in range(3):
+            queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
+        before = state(queue), content(queue)
+        route = Route(broken)
+        processor = QueueProcessorThread(queue, route, workers=2, max_age=60)
+        for days in (0, 1, 30):
+            processor._clock = lambda days=days: time.time() + days * 86400
+            caplog.clear()
+            counts = processor.process()
+            assert isinstance(counts.outage, RelayUnavailable), counts
+            assert outage != "certificate expired" or "expired" in str(counts.outage)
+            assert (counts.sent, counts.deferred, counts.failed, counts.left) == (0, 0, 0, 3)
+            (line,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+            assert line.getMessage().startswith("relay unavailable") and "\n" not in line.getMessage()
+            assert (state(queue), content(queue)) == before and events == []
+        route.mailer = sink.mailer()
+        assert processor.process().sent == 3
+        assert sink.recipients() == ["0@x.org", "1@x.org", "2@x.org"]
+
+
+def poisonous(verb: str) -> Callable[[Connection], None]:
+    """A relay that closes the connection at *verb* of the message from poison@x.org, every time."""
+
+    def dialogue(connection: Connection) -> None:
+        connection.greet()
+        sender = ""
+        while line := connection.line():
+            sender = line if line.startswith("MAIL") else sender
+            if "poison" in sender and line.startswith(verb):
+                return
+            connection.say("354 go on" if line == "DATA" else "250 2.0.0 Ok")
+            if line == "DATA":
+                connection.data()
+                if "poison" in sender:
+                    return
+                connection.say("250 2.0.0 Ok: queued")
+
+    return dialogue
+
+
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "data"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_message_that_the_relay_always_chokes_on_stops_no_other(
+    queue: Maildir, scripted: Any, events: Any, verb: str, workers: int
+) -> None:
+    for number in range(6):
+        queue.add("poison@x.org" if number in (0, 3) else "app@x.org", [f"{number}@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, scripted(poisonous(verb)).mailer(), workers=workers)
+    for _ in range(3 if verb == "MAIL" else 1):  # before MAIL is answered, it is the relay that seems to be down
+        processor.process()
+    assert sorted(event.toaddrs[0] for event in events if isinstance(event, MailSentEvent)) == [
+        "1@x.org", "2@x.org", "4@x.org", "5@x.org"]
+    deferred = [event for event in events if isinstance(event, MailDeferredEvent)]
+    assert sorted(event.toaddrs[0] for event in deferred) == ([] if verb == "MAIL" else ["0@x.org", "3@x.org"])
+    assert {event.delivery_status for event in deferred} <= {"4.4.2"}
+    assert [",due=" in name for name in state(queue)["new"]] == [verb != "MAIL"] * 2
+
+
+def test_odd_files_are_left_alone_and_stop_nothing(
+    queue: Maildir, relay: Relay, caplog: Any, tmp_path: pathlib.Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"X-Zope-From: a@x.org\nX-Zope-To: victim@x.org\n" + MESSAGE)
+    for directory in ("new", "cur"):
+        root = pathlib.Path(queue.path, directory)
+        (root / "1.link").symlink_to(outside)
+        (root / "1.dangling").symlink_to(tmp_path / "nowhere")
+        (root / "1.directory").mkdir()
+        os.mkfifo(root / "1.fifo")
+        with socket.socket(socket.AF_UNIX) as unix:
+            unix.bind(str(root / "1.socket"))
+        (root / ".hidden").write_bytes(outside.read_bytes())
+    pathlib.Path(queue.path, "tmp", "1.link").symlink_to(outside)
+    os.utime(outside, (0, 0))
+    os.utime(pathlib.Path(queue.path, "tmp", "1.link"), (0, 0), follow_symlinks=False)
+    before = state(queue)
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    for _ in range(3):
+        processor.process()
+    assert [message.recipients for message in relay.received] == [["ann@x.org"]]
+    assert state(queue) == before and outside.exists()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_no_file_is_opened_in_a_way_that_follows_a_link(bench: Bench) -> None:
+    root = bench.directory / "links"
+    mixed_queue(root)
+    (root / "tmp" / "1.litter").write_bytes(b"X-Zope-From: app@x.org\nX-Zope-To: old@x.org\nHello")
+    os.utime(root / "tmp" / "1.litter", (0, 0))
+    run = bench.run(PASS, root)
+    assert any("removed" in line and "old@x.org" in line for line in run.told)
+    opened = [text for call, text in run.calls if call == "openat" and f"{root}/" in text.partition(",")[2]]
+    assert len(opened) > 10
+    assert [text for text in opened if not re.search("O_NOFOLLOW|O_EXCL|O_DIRECTORY", text)] == []
+
+
+def test_the_trigger_is_opened_through_no_link(queue: Maildir, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "precious").write_bytes(b"")
+    pathlib.Path(queue.path, "trigger").symlink_to(tmp_path / "precious")
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    assert (tmp_path / "precious").read_bytes() == b""
+
+
+@pytest.mark.parametrize("broken", [
+    b"", b"\n", b"X-Zope-From: a@x.org\n", b"X-Zope-From: a@x.org\nX-Zope-To: \n\nbody", b"Subject: x\n\nbody\n",
+    b"X-Zope-To: b@x.org\nX-Zope-From: a@x.org\n\nx", b"\xff\xfe\x00" * 1000,
+])
+def test_a_file_without_a_readable_envelope_is_kept_in_failed(
+    queue: Maildir, relay: Relay, caplog: Any, broken: bytes
+) -> None:
+    pathlib.Path(queue.path, "new", "1.broken").write_bytes(broken)
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    counts = QueueProcessorThread(queue, relay.mailer()).process()
+    assert (counts.sent, counts.failed, counts.left) == (1, 1, 0)
+    assert list(state(queue)) == [".failed/new"] and content(queue) == [broken]
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+@pytest.mark.parametrize("name", ["message", "msg.1.example.com", "12a.x", ",due=1", "9" * 40 + ".x"])
+def test_a_foreign_file_name_is_no_trouble(queue: Maildir, sink: Sink, events: Any, caplog: Any, name: str) -> None:
+    text = b"X-Zope-From: app@x.org\nX-Zope-To: ann@x.org, deferred@x.org\n" + MESSAGE
+    pathlib.Path(queue.path, "new", name).write_bytes(text)
+    counts = QueueProcessorThread(queue, sink.mailer()).process()
+    assert (counts.sent, counts.deferred, counts.left) == (1, 1, 1)
+    assert [type(event) for event in events] == [MailSentEvent, MailDeferredEvent]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert state(queue)["new"][0].startswith(name.partition(",")[0] + ",due=")
+    assert standing_recipients(queue) == {"new": ["deferred@x.org"]}
+
+
+def test_an_unreadable_file_is_named_in_one_line_and_stops_nothing(benches: Benches) -> None:
+    with benches.one() as bench, tempfile.TemporaryDirectory() as directory:
+        root = pathlib.Path(directory) / "queue"
+        Maildir(root)
+        for number in range(2):
+            Maildir(root).add("app@x.org", [f"{number}@x.org"], MESSAGE)
+        unreadable, _ = state(root)["new"]
+        (root / "new" / unreadable).chmod(0)
+        drop = ""
+        if os.getuid() == 0:  # who reads everything
+            drop = "os.setgid(65534); os.setuid(65534)\n"
+            for path in (root.parent, root, *root.rglob("*")):
+                os.chown(path, 65534, 65534)
+        run = bench.run(drop + PASS, root, passes=3)
+        assert bench.sink.recipients() == ["1@x.org"] and state(root) == {"new": [unreadable]}
+        (line,) = [line for line in run.told if line.startswith("log")]
+        assert line.startswith("log ERROR") and unreadable in line and "Permission denied" in line
+
+
+# ------------------------------------------------------------------------------------------------ age and schedule
+
+
+@pytest.mark.parametrize(("age", "delay"), [
+    (-86400, 60), (-1, 60), (0, 60), (1, 60), (60, 60), (61, 61), (600, 600), (3599, 3599), (3600, 3600), (3601, 3600),
+    (4 * 86400, 3600),
+])
+def test_the_next_try_is_as_far_away_as_the_message_is_old(
+    queue: Maildir, relay: Relay, events: Any, age: int, delay: int
+) -> None:
+    relay.refusals = {"ann@x.org": "450 4.2.1 busy"}
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    (name,) = state(queue)["new"]
+    now = int(name.partition(".")[0]) + age
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: float(now)
+    assert processor.process().deferred == 1
+    assert state(queue) == {"new": [f"{name},due={now + delay}"]}
+    assert events[0].retry_at == now + delay
+
+
+@pytest.mark.parametrize(("due", "sent"), [(-86400, 1), (0, 1), (1, 0), (3600, 0), (3700, 1), (10**12, 1)])
+def test_a_due_time_beyond_the_longest_backoff_is_a_wrong_clock(
+    queue: Maildir, relay: Relay, due: int, sent: int
+) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    (path,) = pathlib.Path(queue.path, "new").iterdir()
+    now = int(time.time())
+    path.rename(f"{path},due={now + due}")
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: float(now)
+    assert processor.process().sent == sent
+
+
+@pytest.mark.parametrize(("age", "outcome"), [(3599, "deferred"), (3600, "deferred"), (3602, "failed")])
+def test_max_age_gives_up_on_an_answer_of_the_messages_own(
+    queue: Maildir, relay: Relay, age: int, outcome: str
+) -> None:
+    relay.refusals = {"ann@x.org": "450 4.2.1 busy"}
+    queue.add("app@x.org", ["ann@x.org", "bob@x.org"], MESSAGE)
+    now = int(state(queue)["new"][0].partition(".")[0]) + age
+    processor = QueueProcessorThread(queue, relay.mailer(), max_age=3600)
+    processor._clock = lambda: float(now)
+    counts = processor.process()
+    assert (counts.sent, counts.deferred, counts.failed) == (1, outcome == "deferred", outcome == "failed")
+    assert list(state(queue)) == [".failed/new" if outcome == "failed" else "new"]
+    assert b"X-Zope-To: ann@x.org\nX-Sendmail-Error: 4.2.1 450 4.2.1 busy\n" in content(queue)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ stop
+
+RUNNING = """
+import sys, sendmail
+processor = sendmail.QueueProcessorThread(sys.argv[1], sendmail.SMTPMailer("127.0.0.1", int(sys.argv[2])), 0.05)
+stop = processor.stop
+processor.stop = lambda: (stop(), print("stopping", flush=True))
+processor.start()
+input()
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "exit", "stop()"])
+def test_stopping_finishes_the_message_in_hand_and_starts_no_other(
+    queue: Maildir, sink: Sink, background: Any, how: str
+) -> None:
+    for number in range(3):
+        queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
+    sink.gate.clear()
+    if how.startswith("SIG"):
+        process = background(*processor_command(queue, sink.port, "--interval", 0.05))
+    else:
+        code = RUNNING + "processor.stop(); processor.join()" * (how == "stop()")
+        process = background(sys.executable, "-c", code, queue.path, sink.port, cwd=MODULE.parent,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_until(lambda: sink.taken)
+    if how.startswith("SIG"):
+        process.send_signal(getattr(signal, how))
+    else:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"stopping\n"
+    assert process.poll() is None
+    sink.gate.set()
+    assert process.wait(20) == 0
+    assert sink.recipients() == ["0@x.org"]
+    state_left = state(queue)
+    assert list(state_left) == ["new"] and len(state_left["new"]) == 2
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_at_once_and_the_next_pass_recovers(
+    queue: Maildir, sink: Sink, relay: Relay, background: Any, name: str
+) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    sink.gate.clear()
+    process = background(*processor_command(queue, sink.port, "--interval", 0.05), stderr=subprocess.DEVNULL)
+    wait_until(lambda: sink.taken)
+    # two that come at the same time are one: send it until it is understood
+    wait_until(lambda: process.send_signal(getattr(signal, name)) or process.poll() is not None)
+    assert process.returncode in (-getattr(signal, name), 130)
+    assert list(state(queue)) == ["cur"]
+    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+    assert state(queue) == {}
+
+
+# ----------------------------------------------------------------------------------------------------------- names
+
+
+def test_the_same_message_refused_twice_overwrites_nothing(queue: Maildir, relay: Relay) -> None:
+    relay.refusals = {"ann@x.org": "550 5.1.1 unknown", "bob@x.org": "550 5.1.1 unknown", "eve@x.org": "450 4.2.1 busy"}
+    queue.add("app@x.org", ["ann@x.org", "eve@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor.process()
+    relay.refusals["eve@x.org"] = "550 5.1.1 unknown"
+    processor._clock = lambda: time.time() + 3600
+    processor.process()
+    failed = state(queue)[".failed/new"]
+    assert standing_recipients(queue) == {".failed/new": ["ann@x.org", "eve@x.org"]}
+    assert command_line("--maildir", queue.path, "--requeue").returncode == 0
+    assert standing_recipients(queue) == {"new": ["ann@x.org", "eve@x.org"]}
+    processor.process()
+    assert standing_recipients(queue) == {".failed/new": ["ann@x.org", "eve@x.org"]}
+    assert not set(failed) & set(state(queue)[".failed/new"])
+
+
+def test_requeueing_one_half_while_the_other_is_claimed_sends_both(
+    queue: Maildir, sink: Sink, relay: Relay, background: Any
+) -> None:
+    relay.refusals = {"ann@x.org": "550 5.1.1 unknown", "bob@x.org": "450 4.2.1 busy"}
+    queue.add("app@x.org", ["ann@x.org", "bob@x.org"], MESSAGE)
+    QueueProcessorThread(queue, relay.mailer()).process()
+    relay.refusals = {}
+    (deferred,) = pathlib.Path(queue.path, "new").iterdir()
+    deferred.rename(re.sub(r",due=.*", ",due=1", str(deferred)))
+    sink.gate.clear()
+    slow = background(*processor_command(queue, sink.port))
+    wait_until(lambda: sink.taken)
+    assert command_line("--maildir", queue.path, "--requeue").returncode == 0
+    assert standing_recipients(queue) == {"cur": ["bob@x.org"], "new": ["ann@x.org"]}
+    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+    sink.gate.set()
+    assert slow.wait(20) == 0
+    assert sink.recipients() == ["bob@x.org"] and relay.received[-1].recipients == ["ann@x.org"]
+    assert state(queue) == {}
+
+
+def test_a_message_that_a_mail_client_has_moved_and_marked_is_requeued(queue: Maildir, relay: Relay) -> None:
+    relay.refusals = {"ann@x.org": "550 5.1.1 unknown"}
+    for _ in range(2):
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor.process()
+    seen, unseen = (pathlib.Path(queue.path, ".failed/new", name) for name in state(queue)[".failed/new"])
+    seen.rename(pathlib.Path(queue.path, ".failed/cur", f"{seen.name}:2,S"))
+    assert command_line("--maildir", queue.path, "--requeue").returncode == 0
+    assert list(state(queue)) == ["new"] and len(set(state(queue)["new"])) == 2
+    assert not any(":2," in name or name in (seen.name, unseen.name) for name in state(queue)["new"])
+    relay.refusals = {}
+    assert processor.process().sent == 2
+
+
+def test_refusing_and_requeueing_at_the_same_time_loses_and_repeats_nothing(
+    queue: Maildir, sink: Sink, background: Any
+) -> None:
+    for number in range(60):
+        queue.add("app@x.org", [f"sent{number}@x.org", f"refused{number}@x.org"], MESSAGE)
+    processors = [background(*processor_command(queue, sink.port, "--interval", 0.02, "--workers", 3),
+                             stderr=subprocess.DEVNULL) for _ in range(2)]
+    wait_until(lambda: (pathlib.Path(queue.path) / ".failed").exists())
+    for _ in range(8):
+        assert command_line("--maildir", queue.path, "--requeue").returncode == 0
+    for process in processors:
+        process.terminate()
+    assert [process.wait(20) for process in processors] == [0, 0]
+    QueueProcessorThread(queue, sink.mailer()).process()
+    assert sink.recipients() == sorted(f"sent{number}@x.org" for number in range(60))
+    assert standing_recipients(queue) == {".failed/new": sorted(f"refused{number}@x.org" for number in range(60))}
+
+
+# -------------------------------------------------------------------------------------------------------- security
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+@pytest.mark.parametrize(("given", "directories", "files"), [
+    (None, 0o700, 0o600), (0o700, 0o700, 0o600), (0o2770, 0o2770, 0o660), (0o750, 0o750, 0o640),
+])
+def test_rights_follow_the_queue_directory_whatever_the_umask(
+    tmp_path: pathlib.Path, sink: Sink, background: Any, umask: int, given: int | None, directories: int, files: int
+) -> None:
+    root = tmp_path / "queue"
+    if given is not None:
+        root.mkdir()
+        root.chmod(given)
+    command_line("--maildir", root, "-f", "app@x.org", "deferred@x.org", "refused@x.org", stdin=MESSAGE, umask=umask)
+    process = background(*processor_command(Maildir(root), sink.port, "--interval", 0.05), umask=umask,
+                         stderr=subprocess.DEVNULL)
+    wait_until(lambda: set(state(root)) == {"new", ".failed/new"} and ",due=" in state(root)["new"][0])
+    process.terminate()
+    assert process.wait(20) == 0
+    modes = {str(path): oct(stat.S_IMODE(path.lstat().st_mode)) for path in [root, *root.rglob("*")]}
+    assert modes == {path: oct(directories if os.path.isdir(path) else files) for path in modes}
+    assert (root / "trigger").is_fifo()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="two users are needed, and only root can be them")
+def test_a_spool_that_one_user_fills_and_another_empties(bench: Bench) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        root = pathlib.Path(directory) / "spool"
+        root.mkdir()
+        os.chown(root, 0, 4242)
+        root.chmod(0o2770)
+        web, cron = (f"os.umask(0o77); os.setgroups([4242]); os.setgid({n}); os.setuid({n})\n" for n in (4001, 4002))
+        add = "sendmail.Maildir(path).add('app@x.org', to, message)"
+        mixed = ["sent@x.org", "deferred@x.org", "refused@x.org"]
+        for to, left in (mixed, 1), (["more@x.org"], 1), (["refused@x.org"], 1):
+            bench.run(web + add, root, to=to)
+            assert bench.run(cron + PASS + "tell(f'left {processor.process().left}')", root).told[-1] == f"left {left}"
+        assert bench.sink.recipients() == ["more@x.org", "sent@x.org"]
+        assert standing_recipients(Maildir(root)) == {
+            ".failed/new": ["refused@x.org", "refused@x.org"], "new": ["deferred@x.org"]}
+        assert {path.stat().st_gid for path in root.rglob("*")} == {4242}
+
+
+HOSTILE = ["\x1b[2J", "\r", "\x00", "\x85", "\u2028", "\u202e", "\x7f", "\x9b2J"]
+
+
+@pytest.mark.parametrize("evil", HOSTILE, ids=ascii)
+def test_what_comes_from_outside_cannot_break_a_line_of_the_log_or_the_envelope(
+    queue: Maildir, scripted: Any, events: Any, caplog: Any, evil: str
+) -> None:
+    forged = f"{evil}sent message-id=<forged@x.org>"
+
+    def dialogue(connection: Connection) -> None:
+        connection.greet()
+        while line := connection.line():
+            if line.startswith("RCPT"):
+                kind = next((kind for kind in ("deferred", "refused") if kind in line), "sent")
+                code = {"sent": 250, "deferred": 450, "refused": 550}[kind]
+                connection.sock.sendall(f"{code} {str(code)[0]}.1.1 {forged}\r\n".encode())
+            elif line == "DATA":
+                connection.say("354 go on")
+                connection.data()
+                connection.sock.sendall(f"250 2.0.0 {forged}\r\n".encode())
+            else:
+                connection.say("250 Ok")
+
+    recipients = f"ann@x.org, deferred@x.org, refused@x.org, a{evil}b@x.org, eve@x.org{evil}"
+    lines = f"X-Zope-From: app@x.org\nX-Zope-To: {recipients}\n"
+    message = f"Message-Id: <{evil}m1@x.org>\nSubject: {evil}\n\nHello.\n"
+    new = pathlib.Path(queue.path, "new")
+    name = f"{int(time.time())}.{evil}".replace("\x00", "")
+    (new / f"{name}.1").write_bytes((lines + message).encode())
+    (new / f"{name}.2").write_bytes(b"no envelope")
+    caplog.set_level(logging.DEBUG, "sendmail")
+    QueueProcessorThread(queue, scripted(dialogue).mailer()).process()
+    assert [record.getMessage() for record in caplog.records if not record.getMessage().isprintable()] == []
+    assert {type(event) for event in events} == {MailSentEvent, MailDeferredEvent, MailErrorEvent}
+    for event in events:
+        texts = [event.message_id, event.fromaddr, *event.toaddrs, *vars(event).values()]
+        assert all(text.isprintable() for text in texts if isinstance(text, str))
+    for text in content(queue):
+        if text != b"no envelope":
+            head = text.decode().split("\n")
+            assert [line.partition(":")[0] for line in head[:4]] == [
+                "X-Zope-From", "X-Zope-To", "X-Sendmail-Error", "Message-Id"]
+            assert all(line.isprintable() for line in head[:3])
+            assert text.endswith(message.encode())
+
+
+def test_no_password_is_told_to_anybody(queue: Maildir, scripted: Any, events: Any, caplog: Any) -> None:
+    caplog.set_level(logging.DEBUG)
+    for password in ("hunter2-secret", "hunter2-sécret"):
+        mailer = scripted(reply_to("AUTH", "535 5.7.8 wrong")).mailer(username="u", password=password, no_tls=True)
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+        counts = QueueProcessorThread(queue, mailer).process()
+        told = [caplog.text, str(counts), str(counts.outage), repr(mailer), str(mailer), repr(events)]
+        assert counts.outage is not None and not [text for text in told if "hunter2" in text or "cret" in text]
+
+
+# ------------------------------------------------------------------------------------------------- depth and crowd
+
+IDLE = """
+import resource
+processor = sendmail.QueueProcessorThread(path, sendmail.SMTPMailer("127.0.0.1", port))
+processor.process()
+os.path.exists("/marker-1")
+for _ in range(3):
+    processor.process()
+os.path.exists("/marker-2")
+sendmail.Maildir(path).add("app@x.org", ["fresh@x.org"], message)
+tell(f"{processor.process().sent} sent, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")
+"""
+
+
+def test_an_idle_pass_over_100000_deferred_messages_lists_nothing(bench: Bench) -> None:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
+        root = pathlib.Path(directory) / "deep"
+        Maildir(root)
+        now = int(time.time())
+        for number in range(100_000):
+            os.mknod(f"{root}/new/{now}.M{number:06}P1Q1.host,due={now + 3000 + number % 500}", 0o600 | stat.S_IFREG)
+        for name in ("new", "cur"):
+            os.utime(root / name, (now - 60, now - 60))
+        run = bench.run(IDLE, root)
+    first, last = run.find("newfstatat", "/marker-1"), run.find("newfstatat", "/marker-2")
+    idle = [call for call, _ in run.calls[first + 1 : last] if call not in QUIET]
+    assert [call for call, _ in run.calls[:first]].count("getdents64") > 100
+    assert not {"getdents64", "openat", "connect"} & set(idle) and len(idle) <= 3 * 4
+    print(f"100,000 deferred: {len(idle) / 3:.0f} calls in an idle pass, then {run.told[-1]}")
+    assert run.told[-1].startswith("1 sent") and bench.sink.recipients() == ["fresh@x.org"]
+
+
+@pytest.mark.sweep
+def test_four_processes_with_four_workers_killed_at_random_lose_nothing(
+    tmp_path: pathlib.Path, background: Any, sink: Sink
+) -> None:
+    queue = Maildir(tmp_path / "crowded")
+    sink.delay = 0.02
+    everybody = [f"sent{number:04}@x.org" for number in range(2000)]
+    delivery = QueuedMailDelivery(queue)
+    for address in everybody:
+        delivery.send("app@x.org", [address], MESSAGE)
+    transaction.commit()
+
+    def start() -> Any:
+        command = processor_command(queue, sink.port, "--interval", 0.02, "--workers", 4)
+        return background(*command, stderr=subprocess.PIPE)
+
+    processes = [start() for _ in range(4)]
+    chance = random.Random(5)
+    kills = 0
+    while os.listdir(tmp_path / "crowded" / "new") or os.listdir(tmp_path / "crowded" / "cur"):
+        time.sleep(chance.uniform(0.0, 0.3))
+        victim = chance.randrange(4)
+        if sink.taken:
+            processes[victim].kill()
+            assert processes[victim].communicate()[1] == b""
+            processes[victim] = start()
+            kills += 1
+    for process in processes:
+        process.terminate()
+        process.communicate()
+    wait_until(lambda: not sink.busy)
+    assert set(sink.recipients()) == set(everybody)
+    assert sink.duplicates_outside_the_window() == []
+    assert len(sink.duplicates()) <= kills * 4
+    print(f"4 processes x 4 workers, 2,000 messages: {kills} kills, {len(sink.duplicates())} duplicates, in the window")
+    assert kills > 3 and state(queue).keys() <= {"tmp"}
+
+
+DIRECT = """
+delivery = sendmail.DirectMailDelivery(sendmail.SMTPMailer("127.0.0.1", port, timeout=30), fallback=path)
+for recipients in (["plain@x.org"], ["sent@x.org", "deferred@x.org", "refused@x.org"], ["dead@x.org"]):
+    delivery.send("app@x.org", recipients, message)
+transaction.commit()
+tell("committed")
+"""
+
+
+@pytest.mark.sweep
+def test_no_kill_in_a_direct_delivery_with_a_fallback_loses_what_was_committed(benches: Benches) -> None:
+    with benches.one() as bench:
+        traced = bench.run(DIRECT, bench.directory / "traced direct")
+        assert traced.told[-1] == "committed"
+
+    def kill_in_direct(bench: Bench, root: pathlib.Path, call: str, n: int) -> tuple[int, list[str]]:
+        run = bench.run(DIRECT, root, *killed_at(call, n))
+        Maildir(root)
+        wait_until(lambda: not bench.sink.busy)
+        if "committed" in run.told:
+            assert_nothing_lost(root, bench.sink)
+        else:
+            visible = {address for directory in ("new", "cur", ".failed/new") for address in standing(root, directory)}
+            committed = visible | set(bench.sink.recipients())
+            assert QueueProcessorThread(root, bench.sink.mailer()).process().outage is None
+            assert committed & {"plain@x.org", "sent@x.org", "dead@x.org"} == set(bench.sink.recipients())
+        assert not bench.sink.duplicates_outside_the_window()
+        return run.status, bench.sink.duplicates()
+
+    points = kill_points(traced)
+    results = benches.sweep(kill_in_direct, points)
+    kills = sum(status == -signal.SIGKILL for status, _ in results)
+    repeated = sum(bool(duplicates) for _, duplicates in results)
+    print(f"a direct delivery: {kills} kill points, {repeated} of them in the window for a duplicate")
+    assert kills >= 0.9 * len(points) > 90
+    assert 0 < repeated < kills
+
+
+# ==================================================================================================== transactions and events
+
+
+SENDER, ANN, BOB = "app@example.com", "ann@example.com", "bob@example.com"
+KINDS = ["queued", "direct", "fallback"]
+PHASES = ["tpc_begin", "commit", "tpc_vote", "tpc_finish"]
+DAY = 24 * 3600
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    """Which delivery: `direct` has no queue, `fallback` is a direct one that has."""
+    return request.param
+
+
+@pytest.fixture
+def delivery(kind, queue, relay):
+    return make_delivery(kind, queue, relay.mailer())
+
+
+def make_delivery(kind, queue, mailer, manager=None):
+    if kind == "queued":
+        return QueuedMailDelivery(queue, manager)
+    return DirectMailDelivery(mailer, manager, fallback=queue if kind == "fallback" else None)
+
+
+def a_message(subject):
+    return b"Message-Id: <%s@example.com>\nDate: Tue, 24 Nov 2026 10:00:00 +0000\nSubject: %s\n\nHello.\n" % (
+        (subject.encode(),) * 2)
+
+
+def subjects(messages):
+    """What identifies the messages that a relay has received, or that files hold."""
+    return [re.search(rb"Subject: (\w+)", getattr(message, "content", message))[1].decode() for message in messages]
+
+
+def delivered(queue, relay):
+    """All that comes out, at once or by a pass of a processor, which must leave nothing behind."""
+    QueueProcessorThread(queue, relay.mailer()).process()
+    assert state(queue) == {}
+    return subjects(relay.received)
+
+
+def python_command(code, *arguments):
+    """The command that runs *code* in a process of its own, with the module at hand."""
+    path = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r})\n"
+    return [sys.executable, "-c", path + code, *map(str, arguments)]
+
+
+class OtherManager:
+    """Another data manager, which does *act* in one phase."""
+
+    transaction_manager = transaction.manager
+
+    def __init__(self, phase="", act=lambda: None, key="database"):
+        self.phase, self.act, self.key, self.phases = phase, act, key, []
+
+    def __getattr__(self, name):
+        if name not in (*PHASES, "abort", "tpc_abort"):
+            raise AttributeError(name)
+        return lambda _transaction: (self.phases.append(name), self.act() if name == self.phase else None)
+
+    def sortKey(self):
+        return self.key
+
+
+def fail_here():
+    raise RuntimeError("broken")
+
+
+# ---------------------------------------------------------------------------------------------------- events
+
+
+@pytest.mark.parametrize("event", [
+    MailSentEvent("id", SENDER, (ANN,), "250 2.0.0 Ok"),
+    MailErrorEvent("id", SENDER, (ANN,), "550 5.1.1 no", "5.1.1"),
+    MailDeferredEvent("id", SENDER, (ANN,), "450 4.2.1 busy", "4.2.1", 1.5),
+], ids=lambda event: type(event).__name__)
+def test_events_are_values_that_nobody_can_change(event):
+    assert isinstance(event, MailEvent)
+    assert (event.message_id, event.fromaddr, event.toaddrs) == ("id", SENDER, (ANN,))
+    assert event == dataclasses.replace(event) and hash(event) == hash(dataclasses.replace(event))
+    for field in dataclasses.fields(event):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(event, field.name, None)
+
+
+def test_every_handler_gets_every_event_in_the_order_of_subscription_until_it_is_unsubscribed():
+    got = []
+
+    @sendmail.subscribe
+    def first(event):
+        got.append(("first", event))
+        sendmail.unsubscribe(first)  # in the middle of a round: the others get theirs
+
+    assert sendmail.subscribe(second := lambda event: got.append(("second", event))) is second
+    sendmail.notify("one")
+    sendmail.notify("two")
+    assert got == [("first", "one"), ("second", "one"), ("second", "two")]
+    sendmail.unsubscribe(second)
+    sendmail.notify("three")
+    assert len(got) == 3
+    with pytest.raises(ValueError):
+        sendmail.unsubscribe(second)
+
+
+def test_without_the_package_transaction_all_but_the_deliveries_works(tmp_path, relay):
+    shutil.copy(MODULE, tmp_path / "sendmail.py")
+    code = """if True:
+        import importlib.util, sys
+        assert importlib.util.find_spec("transaction") is None
+        sys.path.insert(0, sys.argv[1])
+        import sendmail
+        @sendmail.subscribe
+        def broken(event): raise RuntimeError("broken handler")
+        @sendmail.subscribe
+        def working(event): print(type(event).__name__, *event.toaddrs)
+        queue = sendmail.Maildir(sys.argv[1] + "/queue")
+        queue.add("app@example.com", "ann@example.com", "Subject: Hello\\n\\nHello.\\n")
+        sendmail.QueueProcessorThread(queue, sendmail.SMTPMailer("127.0.0.1", int(sys.argv[2]))).process()
+        for make in lambda: sendmail.QueuedMailDelivery(queue), lambda: sendmail.DirectMailDelivery(None):
+            try: make()
+            except ImportError as error: print(error)
+    """
+    ran = subprocess.run([sys.executable, "-I", "-S", "-c", code, tmp_path, str(relay.port)],
+                         capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 0, ran.stderr
+    event, *refusals = ran.stdout.splitlines()
+    assert event == f"MailSentEvent {ANN}" and "broken handler" in ran.stderr
+    assert len(refusals) == 2 and all("pip install transaction" in refusal for refusal in refusals)
+    assert len(relay.received) == 1
+
+
+def provoke(origin, queue, relay):
+    """Send a message in such a way that one event follows."""
+    if origin == "processor":
+        queue.add(SENDER, ANN, a_message("cause"))
+        QueueProcessorThread(queue, relay.mailer()).process()
+    else:
+        manager = transaction.TransactionManager(explicit=True) if origin == "explicit" else transaction.manager
+        delivery = make_delivery("fallback" if origin == "fallback" else "direct", queue, relay.mailer(), manager)
+        with manager:
+            delivery.send(SENDER, ANN, a_message("cause"))
+        if origin == "explicit":
+            with pytest.raises(NoTransaction):
+                manager.get()
+
+
+CONDUCTS = {
+    "raises": fail_here,
+    "aborts": lambda: transaction.abort(),
+    "begins": lambda: transaction.begin(),
+    "commits": lambda: transaction.commit(),
+    "dooms": lambda: transaction.doom(),
+    "joins": lambda: transaction.get().join(OtherManager()),
+    "joins one that fails in its vote": lambda: transaction.get().join(OtherManager("tpc_vote", fail_here)),
+    "joins one that fails in its finish": lambda: transaction.get().join(OtherManager("tpc_finish", fail_here)),
+    "adds a hook that fails": lambda: transaction.get().addAfterCommitHook(lambda _committed: fail_here()),
+    "takes a savepoint": lambda: transaction.savepoint().rollback(),
+    "makes the manager explicit": lambda: setattr(transaction.manager, "explicit", True),
+}
+
+
+@pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
+@pytest.mark.parametrize("conduct", CONDUCTS)
+def test_whatever_a_handler_does_hurts_nobody(conduct, origin, queue, relay):
+    seen = []
+    sendmail.subscribe(lambda event: CONDUCTS[conduct]())
+    sendmail.subscribe(lambda event: seen.append((event, transaction.get(), transaction.get().status)))
+    managers = transaction.manager.manager, transaction.manager.explicit
+    provoke(origin, queue, relay)
+    [(event, its_transaction, status)] = seen
+    assert isinstance(event, MailSentEvent) and event.toaddrs == (ANN,)
+    assert status == transaction.begin().status and its_transaction is not transaction.get()
+    assert (transaction.manager.manager, transaction.manager.explicit) == managers
+    after = OtherManager()
+    transaction.get().join(after)
+    transaction.commit()
+    assert after.phases == PHASES
+    assert delivered(queue, relay) == ["cause"]
+
+
+@pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
+def test_each_handler_has_a_new_transaction_that_is_committed_or_aborted_with_its_work(origin, queue, relay):
+    transactions, works = [], [OtherManager() for _ in range(4)]
+
+    def handler(work, then):
+        def handle(_event):
+            transactions.append(transaction.get())
+            transaction.get().join(work)
+            then()
+        return sendmail.subscribe(handle)
+
+    handler(works[0], lambda: None)
+    handler(works[1], fail_here)
+    handler(works[2], transaction.doom)
+    handler(works[3], lambda: None)
+    transaction.manager.explicit = origin == "fallback"  # an explicit default manager is no obstacle
+    provoke(origin, queue, relay)
+    assert [work.phases for work in works] == [PHASES, ["abort"], ["abort"], PHASES]
+    assert len(set(map(id, transactions))) == 4
+
+
+@pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
+def test_a_handler_may_send_mail_itself(delivery, origin, queue, relay):
+    happened = []
+
+    @sendmail.subscribe
+    def answer(event):
+        happened.append(event.message_id)
+        if event.message_id == "cause@example.com":
+            delivery.send(SENDER, BOB, a_message("effect"))
+
+    provoke(origin, queue, relay)
+    assert delivered(queue, relay) == ["cause", "effect"]
+    assert happened == ["cause@example.com", "effect@example.com"]
+
+
+def test_a_processor_that_runs_inside_an_open_transaction_leaves_it_alone(queue, relay, events):
+    queue.add(SENDER, ANN, a_message("one"))
+    work = OtherManager()
+    transaction.get().join(work)
+    QueuedMailDelivery(queue).send(SENDER, ANN, a_message("two"))
+    QueueProcessorThread(queue, relay.mailer()).process()
+    assert len(events) == 1 and work.phases == [] and list(state(queue)) == ["tmp"]
+    transaction.commit()
+    assert work.phases == PHASES and delivered(queue, relay) == ["one", "two"]
+
+
+@pytest.mark.parametrize("origin", ["fallback", "processor"])
+@pytest.mark.parametrize("reply, place", [("", []), ("450 4.2.1 busy", ["new"]), ("550 5.1.1 no", [".failed/new"])])
+def test_an_event_follows_the_rename_or_unlink_that_it_tells_of(reply, place, origin, queue, relay):
+    places = []
+    sendmail.subscribe(lambda event: places.append(list(state(queue))))
+    relay.refusals = {ANN: reply} if reply else {}
+    provoke(origin, queue, relay)
+    assert places == [place]
+
+
+@pytest.mark.parametrize("kind", ["direct", "fallback"])
+def test_no_handler_runs_before_every_data_manager_is_finished(delivery):
+    last = OtherManager(key="~~~~")
+    seen = []
+    sendmail.subscribe(lambda _event: seen.append((list(last.phases), transaction.get() is committing)))
+    committing = transaction.begin()
+    committing.join(last)
+    delivery.send(SENDER, ANN, MESSAGE)
+    transaction.commit()
+    assert seen == [(PHASES, False)]
+
+
+# ---------------------------------------------------------------------------------------- the data manager
+
+
+def test_one_data_manager_per_delivery_and_transaction_keeps_the_interface(kind, queue, relay):
+    delivery, other = (make_delivery(kind, queue, relay.mailer()) for _ in range(2))
+    database = OtherManager(key="~sqlalchemy:139872398472398")
+    transaction.get().join(database)
+    for _ in range(3):
+        delivery.send(SENDER, ANN, MESSAGE)
+    other.send(SENDER, ANN, MESSAGE)
+    _, first, second = transaction.get()._resources
+    for manager in (first, second):
+        assert verifyObject(ISavepointDataManager, manager, tentative=True)
+        assert manager.transaction_manager is transaction.manager
+        assert manager.sortKey() > database.sortKey()
+    assert first.sortKey() != second.sortKey()
+
+
+@pytest.mark.parametrize("calls", [
+    "abort", "tpc_abort", "abort tpc_abort", "abort abort tpc_abort tpc_abort", "tpc_begin tpc_abort abort",
+    "tpc_begin abort tpc_abort", "tpc_begin commit abort tpc_abort", "tpc_begin commit commit tpc_abort tpc_abort",
+    "tpc_begin commit tpc_vote tpc_abort", "tpc_begin commit tpc_vote tpc_vote abort tpc_abort abort tpc_finish",
+])
+def test_an_aborted_data_manager_leaves_nothing_in_whatever_order_it_is_called(calls, delivery, queue, relay, events):
+    delivery.send(SENDER, ANN, MESSAGE)
+    current = transaction.get()
+    [manager] = current._resources
+    for call in calls.split():
+        getattr(manager, call)(current)
+    assert state(queue) == {} and relay.received == []
+    manager.savepoint().rollback()
+    transaction.abort()
+    assert state(queue) == {} and relay.received == [] and events == []
+
+
+@pytest.mark.parametrize("calls", [
+    "abort", "tpc_abort", "abort tpc_abort", "tpc_abort abort", "tpc_finish", "tpc_finish tpc_abort",
+    "tpc_begin commit tpc_vote tpc_finish", "tpc_begin commit tpc_vote tpc_abort", "savepoint abort",
+])
+def test_a_finished_data_manager_touches_nothing_in_whatever_order_it_is_called(calls, delivery, kind, queue, relay):
+    delivery.send(SENDER, ANN, MESSAGE)
+    current = transaction.get()
+    [manager] = current._resources
+    before = manager.savepoint()
+    transaction.commit()
+    after, files = content(queue), state(queue)
+    assert list(files) == (["new"] if kind == "queued" else [])
+    for call in calls.split():
+        manager.savepoint().rollback() if call == "savepoint" else getattr(manager, call)(current)
+    before.rollback()
+    assert (content(queue), state(queue)) == (after, files)
+    assert delivered(queue, relay) == ["Hello"]
+
+
+# upper and lower case: two deliveries; a digit: a savepoint; <digit: a rollback to it
+@pytest.mark.parametrize("script, expected", [
+    ("a 1 b <1", "a"),
+    ("1 a <1", ""),
+    ("1 a <1 b", "b"),
+    ("1 a <1 b <1 c", "c"),
+    ("a 1 <1 <1 b", "ab"),
+    ("a 1 b 2 c <1 d", "ad"),
+    ("a 1 b 2 c <2 d", "abd"),
+    ("1 a 2 b <2 c <1 d", "d"),
+    ("1 a 2 b <1 <1", ""),
+    ("1 a <1 2 b 3 c <3 d <2 e", "e"),
+    ("a 1 A b <1 B", "aB"),
+    ("a 1 A 2 b B <2 c C", "aAcC"),
+    ("1 a A <1 B", "B"),
+])
+def test_a_rollback_drops_exactly_what_was_sent_after_the_savepoint(script, expected, kind, queue, relay):
+    lower, upper = (make_delivery(kind, queue, relay.mailer()) for _ in range(2))
+    savepoints = {}
+    for step in script.split():
+        if step[0] == "<":
+            savepoints[step[1]].rollback()
+        elif step.isdigit():
+            savepoints[step] = transaction.savepoint()
+        else:
+            (lower if step.islower() else upper).send(SENDER, ANN, a_message(step))
+    assert sorted(subjects(content(queue))) == (sorted(expected) if kind != "direct" else [])
+    transaction.commit()
+    assert sorted(delivered(queue, relay)) == sorted(expected)
+
+
+def test_a_savepoint_that_another_data_manager_refuses_drops_the_mail_with_the_transaction(delivery, queue, relay):
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.get().join(OtherManager())  # which knows no savepoints
+    with pytest.raises(TypeError):
+        transaction.savepoint()
+    with pytest.raises(TransactionFailedError):
+        delivery.send(SENDER, ANN, a_message("two"))
+    with pytest.raises(TransactionFailedError):
+        transaction.commit()
+    assert state(queue) == {} and relay.received == []
+
+
+def test_deliveries_at_the_same_address_are_never_mixed_up(kind, tmp_path, relay):
+    queues = [Maildir(tmp_path / str(number)) for number in range(20)]
+    seen = [[] for _ in queues]
+
+    class Into:
+        def __init__(self, number): self.number = number
+        def send(self, fromaddr, toaddrs, message): seen[self.number].append(message)
+
+    for number, queue in enumerate(queues):
+        make_delivery(kind, queue, Into(number)).send(SENDER, ANN, a_message(f"n{number}"))
+        gc.collect()
+    transaction.commit()
+    for number, queue in enumerate(queues):
+        assert subjects(content(queue) + seen[number]) == [f"n{number}"]
+
+
+# ------------------------------------------------------------------- transactions that come to nothing, or late
+
+
+@pytest.mark.parametrize("key", ["database", "~~~~"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_another_data_manager_that_fails_stops_the_mail_unless_it_is_let_go(
+    phase, key, delivery, kind, queue, relay, events
+):
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.get().join(OtherManager(phase, fail_here, key))
+    with pytest.raises(RuntimeError, match="broken"):
+        transaction.commit()
+    let_go = phase == "tpc_finish" and key == "~~~~"
+    assert bool(state(queue)) == (let_go and kind == "queued")
+    assert len(events) == (let_go and kind != "queued")  # whatever the status of the commit
+    transaction.abort()
+    with transaction.manager:
+        delivery.send(SENDER, ANN, a_message("two"))
+    assert delivered(queue, relay) == (["one", "two"] if let_go else ["two"])
+
+
+def test_a_doomed_transaction_sends_nothing(delivery, queue, relay):
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.doom()
+    delivery.send(SENDER, ANN, a_message("two"))
+    with pytest.raises(DoomedTransaction):
+        transaction.commit()
+    transaction.abort()
+    assert state(queue) == {} and relay.received == []
+    transaction.commit()
+    assert state(queue) == {} and relay.received == []
+
+
+def test_nothing_shows_while_a_slow_data_manager_votes(delivery, kind, queue, relay):
+    voting, go_on = threading.Event(), threading.Event()
+
+    def commit():
+        delivery.send(SENDER, ANN, a_message("one"))
+        transaction.get().join(OtherManager("tpc_vote", lambda: (voting.set(), go_on.wait(20)), "~~~~"))
+        transaction.commit()
+
+    thread = threading.Thread(target=commit)
+    thread.start()
+    assert voting.wait(20)
+    assert QueueProcessorThread(queue, relay.mailer()).process().left == 0
+    assert list(state(queue)) == (["tmp"] if kind != "direct" else []) and relay.received == []
+    go_on.set()
+    thread.join()
+    assert delivered(queue, relay) == ["one"]
+
+
+def test_mail_is_invisible_until_the_databases_are_finished(delivery, kind, queue, relay):
+    visible = []
+    transaction.get().join(OtherManager(
+        "tpc_finish", lambda: visible.append((list(state(queue)), len(relay.received))), "~sqlalchemy:1"))
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.commit()
+    assert visible == [(["tmp"] if kind != "direct" else [], 0)]
+    assert delivered(queue, relay) == ["one"]
+
+
+@pytest.mark.parametrize("key", ["database", "~~~~"])
+@pytest.mark.parametrize("when", ["before the commit", *PHASES, "after the commit"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_what_is_sent_during_a_commit_goes_out_or_is_refused(joined, when, key, delivery, queue, relay):
+    accepted, refused = [], []
+
+    def send(*_committed):
+        try:
+            accepted.append(delivery.send(SENDER, ANN, a_message("late")))
+        except ValueError as error:
+            refused.append(error)
+
+    if joined:
+        delivery.send(SENDER, ANN, a_message("one"))
+    current = transaction.get()
+    current.addBeforeCommitHook(send) if when == "before the commit" else None
+    current.addAfterCommitHook(send) if when == "after the commit" else None
+    current.join(OtherManager(when, send, key))
+    transaction.commit()
+    transaction.commit()  # before version 3 of `transaction`, hooks after the commit are in the next one
+    assert len(accepted) + len(refused) == 1
+    assert accepted or when != "before the commit"
+    assert delivered(queue, relay) == ["one"] * joined + ["late"] * len(accepted)
+
+
+def test_hooks_after_the_commit_cost_no_mail_though_they_abort_every_data_manager(delivery, queue, relay):
+    current = transaction.get()
+    current.addAfterCommitHook(lambda _committed: None)
+    current.addAfterCommitHook(lambda _committed: fail_here())
+    witness = OtherManager()
+    current.join(witness)
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.commit()
+    assert witness.phases[:4] == PHASES
+    assert delivered(queue, relay) == ["one"]
+
+
+def test_a_hook_is_added_only_if_there_is_something_to_tell(queue):
+    witness = OtherManager()
+    transaction.get().join(witness)
+    QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
+    transaction.commit()
+    assert witness.phases == PHASES  # with a hook, an abort would follow
+
+
+# ------------------------------------------------------------------------------------ transaction managers
+
+
+def test_an_explicit_manager_rules_its_deliveries_and_no_other(kind, queue, relay):
+    manager = transaction.TransactionManager(explicit=True)
+    delivery = make_delivery(kind, queue, relay.mailer(), manager)
+    with pytest.raises(NoTransaction):
+        delivery.send(SENDER, ANN, a_message("never"))
+    assert state(queue) == {}
+    manager.begin()
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.abort()
+    transaction.commit()
+    assert "new" not in state(queue) and relay.received == []
+    manager.commit()
+    with pytest.raises(NoTransaction):
+        delivery.send(SENDER, ANN, a_message("never"))
+    manager.begin()
+    delivery.send(SENDER, ANN, a_message("never"))
+    manager.abort()
+    with manager:
+        delivery.send(SENDER, ANN, a_message("two"))
+    assert delivered(queue, relay) == ["one", "two"]
+
+
+def test_an_explicit_default_manager_refuses_too(queue):
+    transaction.manager.explicit = True
+    with pytest.raises(NoTransaction):
+        QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
+    assert state(queue) == {}
+
+
+def test_three_deliveries_share_a_transaction(tmp_path, relay, events):
+    queues = [Maildir(tmp_path / name) for name in ("one", "two")]
+    deliveries = [make_delivery(*kind, relay.mailer()) for kind in zip(KINDS, (queues[0], None, queues[1]))]
+    for outcome in (transaction.abort, transaction.commit):
+        for number, delivery in enumerate(deliveries):
+            delivery.send(SENDER, ANN, a_message(f"{outcome.__name__}{number}"))
+        outcome()
+    assert subjects(content(queues[0])) == ["commit0"] and state(queues[1]) == {}
+    assert sorted(subjects(relay.received)) == ["commit1", "commit2"] and len(events) == 2
+
+
+def test_sixteen_threads_commit_fifty_times_each_through_one_delivery(queue):
+    delivery = QueuedMailDelivery(queue)
+
+    def work(thread):
+        for number in range(50):
+            if number % 5 == 0:
+                delivery.send(SENDER, ANN, a_message("aborted"))
+                transaction.abort()
+            delivery.send(SENDER, ANN, a_message(f"t{thread}n{number}"))
+            transaction.commit()
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(16)))
+    assert sorted(subjects(content(queue))) == sorted(f"t{t}n{number}" for t in range(16) for number in range(50))
+    assert list(state(queue)) == ["new"]
+
+
+# ----------------------------------------------------------------------------------------------- databases
+
+
+def test_after_a_conflict_error_one_mail_goes_out_that_of_the_second_attempt(delivery, tmp_path, queue, relay):
+    zodb = pytest.importorskip("ZODB", reason="ZODB is not installed")
+    storage = pytest.importorskip("ZODB.FileStorage").FileStorage(str(tmp_path / "data.fs"))
+    database, rival, tries = zodb.DB(storage), transaction.TransactionManager(), []
+    connection = database.open()
+    with transaction.manager:
+        connection.root()["visits"] = 0
+    for attempt in transaction.manager.attempts():
+        with attempt:
+            connection.root()["visits"] += 1
+            tries.append(connection.root()["visits"])
+            if len(tries) == 1:
+                with rival:
+                    database.open(rival).root()["visits"] += 10
+            delivery.send(SENDER, ANN, a_message(f"visit{tries[-1]}"))
+    database.close()
+    assert tries == [1, 11]
+    assert delivered(queue, relay) == ["visit11"]
+
+
+@pytest.fixture
+def sqlite(tmp_path):
+    """A session of SQLAlchemy, joined to transactions by zope.sqlalchemy; what other connections see; how to insert."""
+    sqlalchemy = pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
+    integration = pytest.importorskip("zope.sqlalchemy", reason="zope.sqlalchemy is not installed")
+    path = tmp_path / "data.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE customer (id INTEGER PRIMARY KEY, guarantor INTEGER"
+                           " REFERENCES customer DEFERRABLE INITIALLY DEFERRED)")
+    engine = sqlalchemy.create_engine(f"sqlite:///{path}")
+    sqlalchemy.event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys = ON"))
+    session = sqlalchemy.orm.Session(engine)
+    integration.register(session)
+
+    def insert(number, guarantor):
+        session.execute(sqlalchemy.text("INSERT INTO customer VALUES (:n, :g)"), {"n": number, "g": guarantor})
+        integration.mark_changed(session)
+
+    def rows():
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            return connection.execute("SELECT count(*) FROM customer").fetchone()[0]
+
+    yield insert, rows
+    transaction.abort()
+    engine.dispose()
+
+
+@pytest.mark.parametrize("guarantor", [1, 99], ids=["at once", "in the vote"])
+def test_an_integrity_error_sends_nothing(guarantor, delivery, sqlite, queue, relay):
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    insert, rows = sqlite
+    with transaction.manager:
+        insert(1, 1)
+    with pytest.raises(sqlalchemy.exc.IntegrityError), transaction.manager:
+        delivery.send(SENDER, ANN, MESSAGE)
+        insert(1 if guarantor == 1 else 2, guarantor)
+    transaction.abort()
+    assert rows() == 1 and state(queue) == {} and relay.received == []
+
+
+def test_mail_is_sent_after_the_row_is_visible_from_another_connection(kind, sqlite, queue):
+    insert, rows = sqlite
+    seen = []
+
+    class Looking:
+        def send(self, fromaddr, toaddrs, message): seen.append(rows())
+
+    processor = QueueProcessorThread(queue, Looking(), interval=0.01)
+    processor.start()
+    with transaction.manager:
+        make_delivery(kind, queue, Looking()).send(SENDER, ANN, MESSAGE)
+        insert(1, 1)
+    wait_until(lambda: seen)
+    processor.stop()
+    processor.join()
+    assert seen == [1]
+
+
+# ------------------------------------------------------------------------------------ disks full and broken
+
+
+@pytest.mark.parametrize("kind", ["queued", "fallback"])
+@pytest.mark.parametrize("fault", ["a full disk", "a lost file", "a lost file of many"])
+def test_what_cannot_be_made_durable_vetoes_before_a_database_votes(
+    fault, delivery, sqlite, queue, relay, monkeypatch
+):
+    insert, rows = sqlite
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError), transaction.manager:
+        insert(1, 1)
+        for number in range(20 if fault == "a lost file of many" else 2):
+            delivery.send(SENDER, ANN, a_message(f"n{number}"))
+        if fault == "a full disk":
+            monkeypatch.setattr(os, "fsync", full)
+        else:
+            os.unlink(f"{queue.path}/tmp/{state(queue)['tmp'][1]}")
+    transaction.abort()
+    assert rows() == 0 and state(queue) == {} and relay.received == []
+
+
+@pytest.mark.parametrize("kind", ["queued", "fallback"])
+def test_a_limit_on_file_sizes_is_an_error_of_send_and_leaves_nothing_behind(kind, queue, relay):
+    code = """if True:
+        import resource, transaction
+        from sendmail import *
+        kind, path, port = sys.argv[1:]
+        mailer = SMTPMailer("127.0.0.1", int(port))
+        delivery = QueuedMailDelivery(path) if kind == "queued" else DirectMailDelivery(mailer, fallback=path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        with transaction.manager:
+            delivery.send("app@example.com", "ann@example.com", "Subject: small\\n\\n")
+            print("small")
+            delivery.send("app@example.com", "ann@example.com", "Subject: large\\n\\n" + 20_000 * "x")
+    """
+    command = python_command(code, kind, queue.path, relay.port)
+    ran = subprocess.run(command, capture_output=True, timeout=30, check=False)
+    assert ran.stdout == b"small\n" and b"OSError: [Errno 27]" in ran.stderr.splitlines()[-1]
+    assert state(queue) == {} and relay.received == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mounted = tmp_path / "small"
+    mounted.mkdir()
+    ran = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", mounted], capture_output=True, check=False)
+    if ran.returncode:
+        pytest.skip(f"no right to mount a tmpfs: {ran.stderr.decode().strip()}")
+    yield mounted
+    subprocess.run(["umount", mounted], check=True)
+
+
+@pytest.mark.parametrize("kind", ["queued", "fallback"])
+def test_a_full_disk_is_an_error_of_send_and_leaves_nothing_behind(kind, small_disk, relay, events):
+    queue = Maildir(small_disk / "queue")
+    delivery = make_delivery(kind, queue, relay.mailer())
+    line = 69 * b"x" + b"\n"
+    with pytest.raises(OSError) as full, transaction.manager:
+        for number in range(10):
+            delivery.send(SENDER, ANN, a_message(f"n{number}") + 300 * line)
+    assert full.value.errno == errno.ENOSPC and 0 < number < 9
+    assert state(queue) == {} and relay.received == [] and events == []
+    with transaction.manager:
+        delivery.send(SENDER, ANN, a_message("fits") + 300 * line)
+    assert delivered(queue, relay) == ["fits"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_files_are_durable_before_they_are_visible_and_the_directory_before_commit_returns(count, queue, monkeypatch):
+    fsync, rename, calls = os.fsync, os.rename, []
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_ino)), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda *to: (calls.append(("rename", os.stat(to[0]).st_ino)), rename(*to)))
+    delivery = QueuedMailDelivery(queue)
+    for _ in range(count):
+        delivery.send(SENDER, ANN, MESSAGE)
+    assert calls == []
+    inodes = [entry.inode() for entry in os.scandir(f"{queue.path}/tmp")]
+    transaction.commit()
+    assert sorted(calls[:count]) == sorted(("fsync", inode) for inode in inodes)
+    assert sorted(calls[count:-1]) == sorted(("rename", inode) for inode in inodes)
+    assert calls[-1] == ("fsync", os.stat(f"{queue.path}/new").st_ino)
+
+
+def test_a_commit_wakes_the_processors_once_and_an_abort_never(queue):
+    os.mkfifo(f"{queue.path}/trigger")
+    reader = os.open(f"{queue.path}/trigger", os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(f"{queue.path}/trigger", os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        delivery = QueuedMailDelivery(queue)
+        for outcome in (transaction.abort, transaction.commit):
+            for _ in range(3):
+                delivery.send(SENDER, ANN, MESSAGE)
+            with pytest.raises(BlockingIOError):
+                os.read(reader, 100)
+            outcome()
+        assert len(os.read(reader, 100)) == 1
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("kind", ["queued", "fallback"])
+def test_a_committed_message_that_cannot_be_renamed_is_kept_complete_and_told_of(
+    delivery, queue, relay, events, caplog
+):
+    identifiers = [delivery.send(SENDER, ANN, a_message(subject)) for subject in ("stuck", "free")]
+    stuck, _free = state(queue)["tmp"]
+    complete = content(queue)[0]
+    for directory in ("new", "cur"):
+        os.mkdir(f"{queue.path}/{directory}/{stuck}")  # a file is never renamed onto a directory
+    places = []
+    sendmail.subscribe(lambda _event: places.append(state(queue)["tmp"]))
+    transaction.commit()
+    assert places[0] == [stuck] == state(queue)["tmp"]
+    assert pathlib.Path(queue.path, "tmp", stuck).read_bytes() == complete
+    errors = [event for event in events if isinstance(event, MailErrorEvent)]
+    assert [(error.message_id, error.toaddrs, error.delivery_status[0]) for error in errors] == [
+        (identifiers[0], (ANN,), "5")]
+    assert [stuck in record.getMessage() for record in caplog.records if record.levelno == logging.CRITICAL] == [True]
+
+    litter = pathlib.Path(queue.path, "tmp", "1.litter.host")
+    litter.write_bytes(complete)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: time.time() + 2 * DAY
+    processor.process()
+    assert state(queue)["tmp"] == [stuck]
+    assert any(f"tmp/{litter.name}" in record.getMessage() and ANN in record.getMessage() for record in caplog.records)
+    for directory in ("new", "cur"):
+        os.rmdir(f"{queue.path}/{directory}/{stuck}")
+    os.rename(f"{queue.path}/tmp/{stuck}", f"{queue.path}/new/{stuck}")
+    assert sorted(delivered(queue, relay)) == ["free", "stuck"]
+
+
+def test_without_new_every_committed_message_is_kept_and_told_of(queue, events, relay):
+    delivery = QueuedMailDelivery(queue)
+    identifiers = [delivery.send(SENDER, ANN, a_message(f"n{number}")) for number in range(5)]
+    os.rmdir(f"{queue.path}/new")
+    transaction.commit()
+    assert len(state(queue)["tmp"]) == 5
+    assert [(type(event), event.message_id) for event in events] == [(MailErrorEvent, each) for each in identifiers]
+    transaction.commit()
+    transaction.abort()
+    assert subjects(content(queue)) == [f"n{number}" for number in range(5)]
+
+
+@pytest.mark.parametrize("kind", ["queued", "fallback"])
+def test_a_rename_that_fails_once_is_tried_again(delivery, queue, relay, events, monkeypatch):
+    rename, failures = os.rename, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def flaky(*paths):
+        if failures:
+            raise failures.pop()
+        rename(*paths)
+
+    delivery.send(SENDER, ANN, a_message("one"))
+    monkeypatch.setattr(os, "rename", flaky)
+    transaction.commit()
+    assert not failures and "tmp" not in state(queue)
+    assert delivered(queue, relay) == ["one"] and [type(event) for event in events] == [MailSentEvent]
+
+
+@pytest.mark.parametrize("kind", ["queued", "fallback"])
+def test_an_interrupt_in_the_middle_of_finish_leaves_no_committed_message_in_tmp(delivery, queue, relay, monkeypatch):
+    rename, calls = os.rename, []
+
+    def interrupted(*paths):
+        calls.append(paths)
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # by its signal handler, which can run between any two lines
+        rename(*paths)
+
+    for number in range(5):
+        delivery.send(SENDER, ANN, a_message(f"n{number}"))
+    monkeypatch.setattr(os, "rename", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        transaction.commit()
+    transaction.abort()
+    assert "tmp" not in state(queue)
+    assert sorted(delivered(queue, relay)) == [f"n{number}" for number in range(5)]
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_commit_at_interpreter_exit_succeeds(count, queue):
+    code = """if True:
+        import atexit, transaction
+        from sendmail import *
+        @atexit.register
+        def commit():
+            delivery = QueuedMailDelivery(sys.argv[1])
+            for _ in range(int(sys.argv[2])):
+                delivery.send("app@example.com", "ann@example.com", "Subject: Bye\\n\\n")
+            transaction.commit()
+    """
+    ran = subprocess.run(python_command(code, queue.path, count), capture_output=True, timeout=30, check=False)
+    assert ran.stderr == b"" and len(state(queue).get("new", [])) == count
+
+
+# ---------------------------------------------------------------------------------------- direct deliveries
+
+
+@pytest.mark.parametrize("kind", ["direct", "fallback"])
+def test_a_direct_delivery_sends_all_over_one_connection(delivery, queue, relay, events):
+    identifiers = [delivery.send(SENDER, [ANN, BOB], a_message(f"n{number}")) for number in range(5)]
+    assert relay.commands == [] and relay.sessions == 0
+    transaction.commit()
+    assert subjects(relay.received) == [f"n{number}" for number in range(5)]
+    assert relay.sessions == 1 and state(queue) == {}
+    assert [(event.message_id, event.toaddrs) for event in events] == [(each, (ANN, BOB)) for each in identifiers]
+    assert all(event.response.startswith("250 ") for event in events)
+
+
+@pytest.mark.parametrize("kind, refusal, expected, places", [
+    ("direct", "550 5.1.1 no", (MailErrorEvent, "5.1.1"), []),
+    ("direct", "450 4.2.1 busy", (MailErrorEvent, "4.2.1"), []),
+    ("fallback", "550 5.1.1 no", (MailErrorEvent, "5.1.1"), [".failed/new"]),
+    ("fallback", "450 4.2.1 busy", (MailDeferredEvent, "4.2.1"), ["new"]),
+])
+def test_a_direct_delivery_tells_and_keeps_what_became_of_each_recipient(
+    delivery, refusal, expected, places, queue, relay, events
+):
+    relay.refusals = {BOB: refusal}
+    delivery.send(SENDER, [ANN, BOB], a_message("one"))
+    transaction.commit()
+    outcomes = {event.toaddrs: (type(event), getattr(event, "delivery_status", "sent")) for event in events}
+    assert len(events) == 2 and outcomes == {(ANN,): (MailSentEvent, "sent"), (BOB,): expected}
+    assert list(state(queue)) == places
+    assert [line for text in content(queue) for line in text.splitlines() if b"X-Zope-To" in line] == [
+        b"X-Zope-To: " + BOB.encode()] * len(places)
+    if places == ["new"]:
+        assert events[-1].retry_at == int(state(queue)["new"][0].rpartition(",due=")[2])
+
+
+@pytest.mark.parametrize("kind", ["direct", "fallback"])
+def test_without_a_relay_a_commit_succeeds_and_events_follow(delivery, kind, queue, relay, events):
+    relay.close()
+    identifiers = [delivery.send(SENDER, ANN, a_message(subject)) for subject in ("one", "two")]
+    transaction.commit()
+    expected = MailErrorEvent if kind == "direct" else MailDeferredEvent
+    assert [(type(event), event.message_id) for event in events] == [(expected, each) for each in identifiers]
+    kept = state(queue)
+    assert list(kept) == ([] if kind == "direct" else ["new"]) and "due=" not in str(kept)
+    another = Relay()
+    assert delivered(queue, another) == ([] if kind == "direct" else ["one", "two"])
+    another.close()
+
+
+@pytest.mark.parametrize("kind", ["direct", "fallback"])
+@pytest.mark.parametrize("error", [
+    RelayUnavailable("down"), ConnectionRefusedError("no"), ConnectionResetError("gone"), RuntimeError("bug"),
+    smtplib.SMTPServerDisconnected("gone"), smtplib.SMTPDataError(451, b"4.3.0 later"),
+], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["send", "second send", "enter", "exit"])
+def test_whatever_a_mailer_raises_no_commit_fails_and_every_message_has_its_event(
+    where, error, kind, queue, events, caplog
+):
+    sent = []
+
+    class Raising:
+        def __enter__(self): self.check("enter")
+        def __exit__(self, *_): self.check("exit")
+
+        def check(self, place):
+            if place == where:
+                raise error
+
+        def send(self, fromaddr, toaddrs, message):
+            self.check("send" if not sent else "second send")
+            sent.append(message)
+
+    delivery = make_delivery(kind, queue, Raising())
+    identifiers = [delivery.send(SENDER, ANN, a_message(subject)) for subject in ("one", "two")]
+    transaction.commit()
+    trouble = MailErrorEvent if kind == "direct" else MailDeferredEvent
+    went = {"send": 0, "second send": 1, "enter": 0, "exit": 2}[where]
+    assert [event.message_id for event in events] == identifiers
+    assert [type(event) for event in events] == [MailSentEvent] * went + [trouble] * (2 - went)
+    assert subjects(sent) == ["one", "two"][:went]
+    assert subjects(content(queue)) == ["one", "two"][went:] * (kind == "fallback")
+    assert list(state(queue)) in ([], ["new"]) and not [r for r in caplog.records if r.levelno == logging.CRITICAL]
+
+
+def test_a_message_is_claimed_while_its_first_attempt_is_under_way(queue, relay):
+    looks = []
+
+    class Looking:
+        def send(self, fromaddr, toaddrs, message):
+            rivals = QueueProcessorThread(queue, relay.mailer()).process(), command_line(
+                "--maildir", queue.path, "--hostname", relay.host, "--port", relay.port).returncode
+            looks.append((list(state(queue)), rivals[0].sent, rivals[1]))
+
+    delivery = DirectMailDelivery(Looking(), fallback=queue)
+    for subject in ("one", "two"):
+        delivery.send(SENDER, ANN, a_message(subject))
+    transaction.commit()
+    assert looks == [(["cur"], 0, 0)] * 2
+    assert state(queue) == {} and relay.received == []
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
+def test_a_direct_delivery_killed_in_the_middle_leaves_ordinary_dead_claims(death, queue, relay, scripted, background):
+    in_hand = threading.Event()
+
+    def take_one_and_hang(connection):
+        connection.greet()
+        for final in ("250 2.0.0 Ok", ""):
+            while connection.line() != "DATA":
+                connection.say("250 Ok")
+            connection.say("354 Go ahead")
+            connection.data()
+            if final:
+                connection.say(final)
+        in_hand.set()
+        connection.line()
+
+    server = scripted(take_one_and_hang)
+    code = """if True:
+        import signal, transaction
+        from sendmail import *
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        path, port, *messages = sys.argv[1:]
+        delivery = DirectMailDelivery(SMTPMailer("127.0.0.1", int(port), timeout=60), fallback=path)
+        for message in messages:
+            delivery.send("app@example.com", "ann@example.com", message)
+        transaction.commit()
+    """
+    messages = [a_message(f"n{number}").decode() for number in range(4)]
+    process = background(*python_command(code, queue.path, server.port, *messages), stderr=subprocess.DEVNULL)
+    assert in_hand.wait(30)
+    claimed = state(queue)
+    assert list(claimed) == ["cur"] and len(claimed["cur"]) == 3
+    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 0
+    process.send_signal(death)
+    process.wait(30)
+    assert death == signal.SIGINT or state(queue) == claimed
+    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 3
+    assert subjects(relay.received) == ["n1", "n2", "n3"] and state(queue) == {}
+
+
+def test_a_message_that_cannot_be_claimed_keeps_none_from_its_place_and_its_event(queue, relay, events):
+    delivery = DirectMailDelivery(relay.mailer(), fallback=queue)
+    relay.close()
+    identifiers = [delivery.send(SENDER, ANN, a_message(subject)) for subject in ("one", "two")]
+    in_the_way = pathlib.Path(queue.path, "cur", state(queue)["tmp"][0])
+    in_the_way.mkdir()
+    transaction.commit()
+    in_the_way.rmdir()
+    assert "tmp" not in state(queue) and subjects(content(queue)) == ["one", "two"]
+    assert [(type(event), event.message_id) for event in events] == [(MailDeferredEvent, each) for each in identifiers]
+
+
+def test_more_messages_than_file_descriptors_are_settled_like_few(queue, events):
+    took = []
+
+    class Halfway:
+        def send(self, fromaddr, toaddrs, message):
+            took.extend((subjects([message])[0], address) for address in toaddrs if address == ANN)
+            return {address: Reply(250, "Ok") if address == ANN else Reply(450, "4.2.1 busy") for address in toaddrs}
+
+    delivery = DirectMailDelivery(Halfway(), fallback=queue)
+    names = [f"n{number:03}" for number in range(100)]
+    for name in names:
+        delivery.send(SENDER, [ANN, BOB], a_message(name))
+    limits, top = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(top)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (top + 50, limits[1]))
+    try:
+        transaction.commit()
+        os.close(os.dup(0))  # some are free again
+        QueueProcessorThread(queue, Halfway()).process()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sorted(took) == [(name, ANN) for name in names]
+    assert sorted(subjects(content(queue))) == names and list(state(queue)) == ["new"]
+    assert all(text.splitlines()[1] == b"X-Zope-To: " + BOB.encode() for text in content(queue))
+
+
+# ==================================================================================================== the command line
+
+
+CRON = (  # what Debian's cron says, and how it calls
+    b"From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@host> /usr/local/bin/report\nMIME-Version: 1.0\n"
+    b"Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\nX-Cron-Env: <SHELL=/bin/sh>\n\n"
+    b"Gr\xc3\xbc\xc3\x9fe\n.\nthe end\n"
+)
+BODY = b"Dear Ann,\n.\nFrom here to there.\n"
+USER = pwd.getpwuid(os.getuid()).pw_name
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call `main` here: exit status, standard output, standard error."""
+
+    def call(*arguments: Any, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        return (sendmail.main([str(argument) for argument in arguments]), *capsys.readouterr())
+
+    return call
+
+
+def queued(queue: Maildir) -> tuple[str, list[str], bytes]:
+    """Sender, recipients and message of the only file in the queue."""
+    [file] = content(queue)
+    found = re.fullmatch(rb"X-Zope-From: (.*)\nX-Zope-To: (.*)\n((?s:.*))", file)
+    assert found, file
+    return found[1].decode(), found[2].decode().split(", "), found[3]
+
+
+def to_relay(relay: Relay) -> list[str]:
+    return ["--hostname", relay.host, "--port", str(relay.port)]
+
+
+def without_root_rights() -> None:
+    """Between fork and exec: let the modes of files count for root, too."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+# ---------------------------------------------------------------------------------------- real programs
+
+
+@pytest.fixture
+def mta(tmp_path: pathlib.Path, queue: Maildir) -> pathlib.Path:
+    """A sendmail program in front of `queue`, that keeps a copy of what it is fed."""
+    program = tmp_path / "mta"
+    program.write_text(
+        f'#!/bin/sh\ntee {tmp_path}/fed | {sys.executable} {MODULE} --maildir {queue.path} --domain example.com "$@"\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+PATCH = b"""From 0123456789012345678901234567890123456789 Mon Sep 17 00:00:00 2001
+From: =?UTF-8?q?Ann=20=C3=84?= <ann@example.com>
+Date: Tue, 24 Nov 2026 10:00:00 +0000
+Subject: [PATCH] Add f
+
+---
+ f | 1 +
+--
+2.39.5
+"""
+GIT = "git -c user.name=App -c user.email=app@example.com send-email --quiet --confirm=never --suppress-cc=all"
+PHP = 'mail("ann@example.com", "Hi", "A,\n.\nBye", "From: app@example.com\r\nBcc: dan@example.com", "-fapp@b.org");'
+OTHERS = "-c carl@example.com -b dan@example.com ann@example.com"
+PROGRAMS = {
+    "git": (GIT + " --sendmail-cmd={mta} --envelope-sender=auto --to='\"Doe, Ann\" <ann@example.com>' "
+            "--to=carl@example.com --bcc=dan@example.com {dir}/0001.patch", b"", "app@example.com", "ann carl dan"),
+    "s-nail": ("s-nail -: / -S v15-compat -S mta={mta} -s Grüße -r app@example.com " + OTHERS,
+               BODY, "app@example.com", "ann carl dan"),
+    "bsd-mailx": ("env MAILRC={dir}/mailrc bsd-mailx -s Hello " + OTHERS, BODY, f"{USER}@example.com", "ann carl dan"),
+    "mutt": ("mutt -n -F /dev/null -e 'set sendmail=\"{mta} -oem -oi\" from=app@example.com use_envelope_from copy=no' "
+             "-s Grü " + OTHERS, BODY, "app@example.com", "ann carl dan"),
+    "cron": ("{mta} -FCronDaemon -i -B8BITMIME -oem root", CRON, f"{USER}@example.com", "root"),
+    "php": (f"php -n -d sendmail_path='{{mta}} -t -i' -r '{PHP}'", b"", "app@b.org", "ann dan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_mail_of_a_real_program_reaches_the_relay_to_the_byte(program, tmp_path, mta, queue, relay):
+    command, stdin, sender, recipients = PROGRAMS[program]
+    if program != "cron" and not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    if program == "git" and subprocess.run(["perl", "-MMail::Address", "-e1"], capture_output=True).returncode:
+        pytest.skip("git send-email needs Mail::Address, which is not installed")
+    (tmp_path / "0001.patch").write_bytes(PATCH)
+    (tmp_path / "mailrc").write_text(f"set sendmail={mta}\n")
+    environment = {**os.environ, "HOME": str(tmp_path), "GIT_CONFIG_GLOBAL": "/dev/null", "LC_ALL": "C.UTF-8"}
+    arguments = shlex.split(command.format(mta=mta, dir=tmp_path))
+    done = subprocess.run(arguments, input=stdin, capture_output=True, env=environment, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    wait_until(lambda: state(queue).get("new"))  # bsd-mailx does not wait for it
+
+    assert command_line("--maildir", queue.path, *to_relay(relay)).returncode == 0
+
+    [received] = relay.received
+    fed = b"".join(x for x in (tmp_path / "fed").read_bytes().splitlines(True) if not x.startswith(b"Bcc:"))
+    assert received.sender == sender
+    assert received.recipients == [f"{name}@example.com" for name in recipients.split()]
+    assert received.content.endswith(crlf(fed))
+    added = received.content[: -len(crlf(fed))].decode()
+    assert re.fullmatch(r"((From|Date|Message-Id): .+\r\n)*", added)
+    headers = email.message_from_bytes(received.content)
+    assert all(len(headers.get_all(name, [])) == 1 for name in ("From", "Date", "Message-Id"))
+    assert state(queue) == {}
+
+
+def test_queue_of_zope_sendmail_is_drained(queue):
+    pytest.importorskip("zope.sendmail")
+    from zope.sendmail.delivery import QueuedMailDelivery as ZopeDelivery
+
+    relay = Relay(enable_SMTPUTF8=True)
+    cases = [
+        ("App, the <app@example.com>", ['"Doe, Ann" <ann@example.com>', "bob@example.com"], ["ann", "bob"]),
+        ("app@example.com", ["Jürgen Groß <ann@example.com>", "Bob (a, b) <bob@example.com>"], ["ann", "bob"]),
+        ("app@example.com", ["jürgen@example.com"], ["jürgen"]),
+        ("app@example.com", ['"a,b"@example.com', "=?utf-8?q?D=2C_E?= <d@example.com>"], ['"a,b"', "d"]),
+    ]
+    cases[0] = ('"App, the" <app@example.com>', *cases[0][1:])
+    messages = [b"Message-Id: <%d@x>\nSubject: \xc3\xbc\xdf\n\n\xff\xfe \xe4\n.\n\tend" % n for n in range(len(cases))]
+    for (sender, recipients, _), message in zip(cases, messages):
+        ZopeDelivery(queue.path).send(sender, recipients, message)
+        transaction.commit()
+    (pathlib.Path(queue.path) / "new" / ".rejected-1.2.host.3").write_bytes(b"X-Zope-From: a@x\nX-Zope-To: b@x\n\n")
+
+    done = command_line("--maildir", queue.path, *to_relay(relay))
+
+    relay.close()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert [r.sender for r in relay.received] == ["app@example.com"] * len(cases)
+    received = {r.content: r.recipients for r in relay.received}  # in the order of a random part of their names
+    assert received == {
+        crlf(message): [f"{local}@example.com" for local in locals_]
+        for (_, _, locals_), message in zip(cases, messages)
+    }
+    assert state(queue) == {"new": [".rejected-1.2.host.3"]}
+
+
+def test_queue_of_ours_is_drained_by_zope_sendmail(queue, relay):
+    pytest.importorskip("zope.sendmail")
+    message = crlf(MESSAGE.replace(b"Hello", b"\xc3\xbc\xff\n.\n..\n"))  # it would send a bare LF as it is
+    queue.add("app@example.com", ["ann@example.com", '"Doe, J"@example.com', "o'b+x=y@example.com"], message)
+    queue.add("app@example.com", ["dora@example.com"], message)
+    relay.refusals = {"dora@example.com": "450 4.2.1 <dora@example.com> is busy"}
+    QueueProcessorThread(queue, relay.mailer()).process()  # sends the first, and defers the second
+    [first] = relay.received
+    relay.refusals, relay.received[:] = {}, []
+    queue.add("app@example.com", first.recipients, message)
+
+    zope = [sys.executable, "-m", "zope.sendmail.queue", *to_relay(relay), queue.path]
+    subprocess.run(zope, check=True, timeout=60)
+
+    deferred, again = sorted(relay.received, key=lambda received: len(received.recipients))
+    assert (again.recipients, again.content) == (first.recipients, message)
+    note, _, rest = crlf(deferred.content).partition(b"\r\n")
+    assert (deferred.recipients, rest) == (["dora@example.com"], message)
+    assert note.startswith(b"X-Sendmail-Error: 4.2.1 450 4.2.1 ")
+    assert b"@" not in note
+    assert state(queue) == {}
+
+
+def test_mailer_of_zope_sendmail_works_here(queue, relay, events):
+    mailer = pytest.importorskip("zope.sendmail.mailer").SMTPMailer(relay.host, relay.port)
+    relay.refusals = {"dora@example.com": "450 4.2.1 try later", "fred@example.com": "550 5.1.1 no Fred here"}
+    for name in ("ann", "dora", "fred"):
+        queue.add("app@example.com", f"{name}@example.com", MESSAGE)
+    counts = QueueProcessorThread(queue, mailer).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
+    delivery = DirectMailDelivery(mailer, fallback=queue)
+    delivery.send("app@example.com", "bob@example.com", MESSAGE)
+    transaction.commit()
+    assert [(type(event), *event.toaddrs) for event in events] == [
+        (MailSentEvent, "ann@example.com"), (MailDeferredEvent, "dora@example.com"),
+        (MailErrorEvent, "fred@example.com"), (MailSentEvent, "bob@example.com"),
+    ]  # fmt: skip
+    relay.close()
+    queue.add("app@example.com", "ann@example.com", MESSAGE)
+    assert QueueProcessorThread(queue, mailer).process().left == 2
+    assert len(events) == 4, "an outage is nobody's fault"
+
+
+# ------------------------------------------------------------------------------------------ the options
+
+ANN, BOB, ME = "ann@example.com", "bob@example.com", f"{USER}@example.org"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sender", "recipients"),
+    [
+        ("ann@example.com", ME, [ANN]),
+        ("ann@example.com bob@example.com ann@example.com", ME, [ANN, BOB]),
+        ("'Doe, Ann <ann@example.com>'", ME, ["Doe@example.org", ANN]),
+        ("'\"Doe, Ann\" <ann@example.com>, bob@example.com'", ME, [ANN, BOB]),
+        ("'\"a b,c\"@example.com' o\\'b+x=y%z!w@example.com", ME, ['"a b,c"@example.com', "o'b+x=y%z!w@example.com"]),
+        ("root", ME, ["root@example.org"]),
+        ("'jürgen@example.com'", ME, ["jürgen@example.com"]),
+        ("ann@example.com -i bob@example.com -f app@example.com", "app@example.com", [ANN, BOB]),
+        ("ann@example.com -oi --domain example.net bob", f"{USER}@example.net", [ANN, "bob@example.net"]),
+        ("-i -- ann@example.com", ME, [ANN]),
+        ("-- -f@example.com -i@example.com", ME, ["-f@example.com", "-i@example.com"]),
+        ("ann@example.com -- -q", ME, [ANN, "-q@example.org"]),
+        ("-q ann@example.com", ME, [ANN]),
+        ("ann@example.com -q", ME, [ANN]),
+        ("-q15m ann@example.com", ME, [ANN]),
+        ("-qf -qI1A2B -qRx.org -q1h30m ann@example.com", ME, [ANN]),
+        ("-h 3 ann@example.com", ME, [ANN]),
+        ("-h3 ann@example.com", ME, [ANN]),
+        ("-f app@example.com ann@example.com", "app@example.com", [ANN]),
+        ("-fapp@example.com ann@example.com", "app@example.com", [ANN]),
+        ("-r app@example.com ann@example.com", "app@example.com", [ANN]),
+        ("-rapp@example.com ann@example.com", "app@example.com", [ANN]),
+        ("-f 'The App <app@example.com>' ann@example.com", "app@example.com", [ANN]),
+        ("-f app ann@example.com", "app@example.org", [ANN]),
+        ("-f '<>' ann@example.com", "", [ANN]),
+        ("-f '' ann@example.com", "", [ANN]),
+        ("-i -FCronDaemon -B8BITMIME -oem root", ME, ["root@example.org"]),
+        ("-oi -oem -odb -oee -om -o7 -oQ/tmp ann@example.com", ME, [ANN]),
+        ("-o i -O DeliveryMode=b -OTimeout.queuereturn=1d ann@example.com", ME, [ANN]),
+        ("-F 'A B' -N never -Nfailure -R hdrs -Rfull -V x -B 7BIT -L tag -X /dev/null ann@example.com", ME, [ANN]),
+        ("-U -G -v -n -m -bm -em -e q -Am -Ac -p ESMTP:host -C /etc/x.cf ann@example.com", ME, [ANN]),
+        ("-vim -Gioem ann@example.com", ME, [ANN]),
+        ("-ifapp@example.com ann@example.com", "app@example.com", [ANN]),
+        ("-F -- ann@example.com", ME, [ANN]),
+        ("-t", ME, ["tom@example.com"]),
+        ("-ti -oem -odi", ME, ["tom@example.com"]),
+        ("-itf app@example.com", "app@example.com", ["tom@example.com"]),
+        ("-t ann@example.com tom@example.com", ME, [ANN, "tom@example.com"]),
+        ("ann@example.com -t -q", ME, [ANN, "tom@example.com"]),
+    ],
+)  # fmt: skip
+def test_options_of_sendmail_mean_what_they_mean_there(run, queue, arguments, sender, recipients):
+    message = b"From: app@example.com\nTo: Tom <tom@example.com>\n" + MESSAGE
+    call = ["--maildir", queue.path, "--domain", "example.org", *shlex.split(arguments)]
+    assert run(*call, stdin=message) == (0, "", "")
+    assert queued(queue) == (sender, recipients, message)
+
+
+def test_bare_names_are_completed_by_the_name_of_the_host(run, queue):
+    assert run("--maildir", queue.path, "root", stdin=MESSAGE) == (0, "", "")
+    assert queued(queue)[:2] == (f"{USER}@{socket.gethostname()}", [f"root@{socket.gethostname()}"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["-i", "-oi", "-q", "-q5m", "-bm", "-v", "-f a@example.com", "-h 3", "--", "-Z ann@example.com", "-f",
+     "ann@example.com -f", "--nonsense", "--json", "--port", "--verbose=1", "--list --requeue", "-bs", "-bd",
+     "-bv ann@example.com"],
+)  # fmt: skip
+def test_wrong_usage_is_neither_a_pass_nor_an_injection(run, queue, relay, arguments):
+    queue.add("a@example.com", "b@example.com", MESSAGE)
+    before = state(queue)
+    call = ["--maildir", queue.path, *to_relay(relay), *arguments.split()]
+    status, output, errors = run(*call, stdin=MESSAGE)
+    assert (status, output) == (64, "")
+    assert re.fullmatch(r"sendmail: .+\n", errors)
+    assert (state(queue), relay.sessions) == (before, 0)
+
+
+@pytest.mark.parametrize(
+    ("headers", "recipients"),
+    [
+        ("To: ann@example.com\nCc: bob@example.com\nBcc: carl@example.com\n", "ann bob carl"),
+        ("TO: ann@example.com\nTo: bob@example.com\nbcc:carl@example.com\n", "ann bob carl"),
+        ("To: \"Doe, Ann\" <ann@example.com>,\n\tBob (a, b) <bob@example.com>\n", "ann bob"),
+        ("To: =?utf-8?q?J=C3=BCrgen=2C?= <ann@example.com>, Bj\u00f6rn <bob@example.com>\n", "ann bob"),
+        ("To: undisclosed-recipients:;\nBcc: ann@example.com,\n bob@example.com\nCc: c@example.com\n", "ann bob c"),
+        ("To: friends: ann@example.com, bob@example.com;\n", "ann bob"),
+        ("To: ann@example.com\nTo: ann@example.com\nCc: Ann <ann@example.com>\n", "ann"),
+        ("To: old@x.org\nBcc: old@x.com\nResent-To: ann@example.com\nResent-Bcc: bob@example.com\n", "ann bob"),
+        ("To: old@example.com\nResent-Cc: ann@example.com\n", "ann"),
+        ("Bcc: ann@example.com\n", "ann"),
+        ("To: ann@example.com,\nCc: ann@[127.0.0.1]\n", "ann ann@[127.0.0.1]"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("eol", ["\n", "\r\n"])
+@pytest.mark.parametrize("order", ["{headers}{others}", "{others}{headers}"])
+def test_recipients_are_taken_from_the_headers_and_bcc_is_dropped(run, queue, headers, recipients, eol, order):
+    others = "From: app@example.com\nDate: Tue, 24 Nov 2026 10:00:00 +0000\nMessage-Id: <1@x>\n"
+    kept = order.format(headers=re.sub(r"(?im)^(Resent-)?Bcc:.*\n(\s.*\n)*", "", headers), others=others)
+    kept += "\nBcc: body@example.com\n"
+    message = (order.format(headers=headers, others=others) + "\nBcc: body@example.com\n").replace("\n", eol).encode()
+    assert run("--maildir", queue.path, "-t", stdin=message) == (0, "", "")
+    assert set(queued(queue)[1]) == {name if "@" in name else f"{name}@example.com" for name in recipients.split()}
+    assert queued(queue)[2] == kept.replace("\n", eol).encode()
+
+
+@pytest.mark.parametrize(
+    ("options", "body", "kept"),
+    [
+        ("", b"one\n.\ntwo\n", b"one\n"),
+        ("", b"one\r\n.\r\ntwo\r\n", b"one\r\n"),
+        ("", b"one\n.", b"one\n"),
+        ("", b"one\n..\n. \n.x\n\r.\ntwo", b"one\n..\n. \n.x\n\r.\ntwo"),
+        ("-i", b"one\n.\ntwo\n..\n.\n", b"one\n.\ntwo\n..\n.\n"),
+        ("-oi", b".\n", b".\n"),
+        ("-oem -ti", b"one\n.", b"one\n."),
+        ("-o i", b"one\n.\r\ntwo", b"one\n.\r\ntwo"),
+    ],
+)
+def test_dot_alone_ends_the_message_only_without_i(run, queue, relay, options, body, kept):
+    head = b"From: a@example.com\n" + MESSAGE.partition(b"\n\n")[0] + b"\n\n"
+    assert run("--maildir", queue.path, ANN, *options.split(), stdin=head + body) == (0, "", "")
+    assert queued(queue)[2] == head + kept
+    QueueProcessorThread(queue, relay.mailer()).process()
+    assert relay.received[0].content == crlf(head + kept)
+
+
+@pytest.mark.parametrize("options", ["", "-f a@example.com -F 'Jörg, the App'", "-f <>"])
+@pytest.mark.parametrize(
+    ("message", "rest"),
+    [
+        (b"Subject: hi\r\n\r\nbody\r\n", b"Subject: hi\r\n\r\nbody\r\n"),
+        (b"no headers: at all\n", b"no headers: at all\n"),
+        (b"just text\nFrom: nobody\n", b"\njust text\nFrom: nobody\n"),
+        (b"\nafter a blank line\n", b"\nafter a blank line\n"),
+        (b"From ann Tue Nov 24 10:00:00 2026\nSubject: mbox\n\nFrom here\n", b"Subject: mbox\n\nFrom here\n"),
+        (b"", b""),
+    ],
+    ids=["crlf", "one-header", "no-header", "blank", "mbox", "empty"],
+)
+def test_missing_headers_are_added_before_the_rest(run, queue, options, message, rest):
+    if message.startswith(b"no headers: "):  # a space is no part of a header's name (RFC 5322, 2.2)
+        rest = b"\n" + rest
+    call = ["--maildir", queue.path, "--domain", "example.org", ANN, *shlex.split(options)]
+    assert run(*call, stdin=message) == (0, "", "")
+    sender, _, stored = queued(queue)
+    assert stored.endswith(rest)
+    added = stored[: len(stored) - len(rest)]
+    eol = b"\r\n" if b"\r" in message else b"\n"
+    assert added.count(b"\n") == added.count(eol) == (3 if rest else added.count(b"\n"))
+    parsed = email.message_from_bytes(stored, policy=email.policy.default)
+    assert sorted(set(parsed) - {"Subject"}) == ["Date", "From", "Message-Id"]
+    assert parsed["Date"].datetime
+    assert re.fullmatch(r"<[^<>@\s]+@[^<>@\s]+>", parsed["Message-Id"])
+    author = parsed["From"].addresses[0]
+    if "Jörg" in options:
+        assert (author.display_name, author.addr_spec, sender) == ("Jörg, the App", "a@example.com", "a@example.com")
+    else:
+        assert (author.addr_spec, sender) == ((ME, ME) if not options else ("MAILER-DAEMON@example.org", ""))
+
+
+# ---------------------------------------------------------------------------------- what operators see
+
+
+@pytest.fixture
+def spool(queue, relay):
+    """A queue with a message in each state, of different age and size, and the file name of each."""
+    now = int(time.time())
+    relay.refusals = {"dora@example.com": "450 4.2.1 try later", "fred@example.com": "550 5.1.1 no Fred here"}
+    queue.add("app@example.com", "dora@example.com", MESSAGE)
+    queue.add("", ["fred@example.com"], MESSAGE)
+    QueueProcessorThread(queue, relay.mailer()).process()
+    relay.refusals = {}
+    root = pathlib.Path(queue.path)
+    names = {"failed": state(queue)[".failed/new"][0], "deferred": state(queue)["new"][0]}
+    for what, age, size in ("due", 3 * 3600 + 60, 2_000_000), ("sending", 100 * 86400, 10):
+        queue.add("app@example.com", [f"{what}@example.com", "joe@example.com"], MESSAGE + b"x\n" * (size // 2))
+        [new] = set(state(queue)["new"]) - set(names.values())
+        names[what] = f"{now - age}.{new.partition('.')[2]}"
+        (root / "new" / new).rename(root / ("cur" if what == "sending" else "new") / names[what])
+    with open(root / "cur" / names["sending"], "r+b") as claimed:
+        fcntl.flock(claimed, fcntl.LOCK_EX)
+        yield names
+
+
+def test_list_as_json_is_an_object_for_each_message(run, queue, spool):
+    before = state(queue), content(queue)
+    status, output, errors = run("--maildir", queue.path, "--list", "--json")
+    assert (status, errors) == (0, "")
+    listed = {entry["state"]: entry for entry in map(json.loads, output.splitlines())}
+    assert {what: entry["name"] for what, entry in listed.items()} == spool
+    assert {what: entry["recipients"] for what, entry in listed.items()} == {
+        "due": ["due@example.com", "joe@example.com"], "sending": ["sending@example.com", "joe@example.com"],
+        "deferred": ["dora@example.com"], "failed": ["fred@example.com"],
+    }  # fmt: skip
+    assert [listed[what]["sender"] for what in ("due", "failed")] == ["app@example.com", ""]
+    assert "450 4.2.1 try later" in listed["deferred"]["error"]
+    assert "550 5.1.1 no Fred here" in listed["failed"]["error"]
+    assert not listed["due"]["error"]
+    assert abs(listed["due"]["age"] - 3 * 3600 - 60) < 60
+    assert listed["due"]["size"] == (pathlib.Path(queue.path) / "new" / spool["due"]).stat().st_size
+    assert time.time() < listed["deferred"]["due"] < time.time() + 120
+    assert (state(queue), content(queue)) == before
+
+
+def test_list_is_for_eyes(run, queue, spool):
+    before = state(queue), content(queue)
+    status, output, errors = run("--maildir", queue.path, "--list")
+    assert (status, errors) == (0, "")
+    lines = output.splitlines()
+    first = {what: next(line for line in lines if name in line) for what, name in spool.items()}
+    assert all(what in line for what, line in first.items())
+    assert len({line.index(what, len(spool[what])) for what, line in first.items()}) == 1, "the columns are aligned"
+    assert re.search(r"\b3 ?h", first["due"])
+    assert re.search(r"\b(2|2\.0|1\.9) ?M", first["due"])
+    for text in ("dora@example.com", "450 4.2.1 try later", "550 5.1.1 no Fred here", "joe@", "app@example.com"):
+        assert text in output
+    assert all(f"1 {what}" in lines[-1] for what in spool)
+    assert re.search(r"\b100 ?d", lines[-1]), "the age of the oldest"
+    assert output.isascii() or "…" in output
+    assert (state(queue), content(queue)) == before
+
+
+def test_list_of_an_empty_queue_says_so(run, queue):
+    status, output, errors = run("--maildir", queue.path, "--list")
+    assert (status, len(output.splitlines()), errors) == (0, 1, "")
+    assert run("--maildir", queue.path, "--list", "--json") == (0, "", "")
+    assert run("--maildir", queue.path, "-bp") == (0, output, "")
+
+
+def test_list_shows_hostile_text_without_its_control_characters(run, queue):
+    file = pathlib.Path(queue.path) / "new" / "1.M1P1Q1.host,due=1"
+    file.write_bytes(b"X-Zope-From: \x1b[2Ja@x.org\nX-Zope-To: b\x9b@x, c@x.org\nX-Sendmail-Error: \x1b]0;x\x07\n\n")
+    (file.parent / "2.M1P1Q1.host").write_bytes(b"\x1b\x00 no envelope")
+    (file.parent / "3.M1P1Q1\x1b[2J.host").write_bytes(b"X-Zope-From: a@x.org\nX-Zope-To: b@x.org\n\n")
+    for options in [], ["--json"]:
+        status, output, errors = run("--maildir", queue.path, "--list", *options)
+        assert (status, errors) == (0, "")
+        assert all(line.isprintable() for line in output.splitlines())
+        assert "1.M1P1Q1.host" in output
+        assert "2.M1P1Q1.host" in output
+
+
+def on_terminal(background: Any, *arguments: Any, columns: int = 80, stderr: bool = False) -> tuple[int, str]:
+    """Run the command line with standard output, or error, on a terminal: its status, and what the terminal got."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    stream = {"stderr" if stderr else "stdout": theirs}
+    process = background(sys.executable, MODULE, *arguments, env=environment, **stream)
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while select.select([ours], [], [], 60)[0] and (read := os.read(ours, 65536)):
+            output += read
+    os.close(ours)
+    return process.wait(60), output.decode()
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_list_fits_the_terminal(background, run, queue, spool, columns):
+    queue.add("app@example.com", [f"recipient{number}@example.com" for number in range(50)], MESSAGE)
+    status, output = on_terminal(background, "--maildir", queue.path, "--list", columns=columns)
+    assert status == 0
+    assert max(map(len, output.splitlines())) <= columns
+    assert "recipient49@" in run("--maildir", queue.path, "--list")[1], "nothing is cut off in a pipe"
+
+
+@pytest.mark.parametrize(
+    ("what", "again"),
+    [([], ["deferred", "failed"]), (["failed"], ["failed"]), (["deferred", "failed"], ["deferred", "failed"])],
+)
+def test_requeue_makes_failed_and_deferred_messages_due(run, queue, relay, spool, what, again):
+    names = [spool[one] for one in what]
+    assert run("--maildir", queue.path, "--requeue", *names) == (0, "", "")
+    listed = [json.loads(line) for line in run("--maildir", queue.path, "--list", "--json")[1].splitlines()]
+    assert [entry["state"] for entry in listed].count("due") == 1 + len(again)
+    assert not {spool[one] for one in again} & {entry["name"] for entry in listed}, "they have fresh names"
+    assert {spool["due"], spool["sending"]} <= {entry["name"] for entry in listed}
+    assert command_line("--maildir", queue.path, *to_relay(relay)).returncode == 0
+    sent = {recipient for received in relay.received for recipient in received.recipients}
+    wanted = {"deferred": "dora@example.com", "failed": "fred@example.com"}
+    assert sent == {"due@example.com", "joe@example.com"} | {wanted[one] for one in again}
+    assert all(b"X-Sendmail-Error" not in received.content for received in relay.received)
+
+
+def test_requeue_takes_what_a_mail_client_has_marked_as_seen(run, queue, spool):
+    failed = pathlib.Path(queue.path) / ".failed"
+    (failed / "cur").mkdir(exist_ok=True)
+    (failed / "new" / spool["failed"]).rename(failed / "cur" / f"{spool['failed']}:2,S")
+    assert run("--maildir", queue.path, "--requeue", f"{spool['failed']}:2,S") == (0, "", "")
+    assert not state(queue).keys() & {".failed/new", ".failed/cur"}
+    assert not [name for name in state(queue)["new"] if ":2," in name]
+
+
+@pytest.mark.parametrize("unknown", ["nonsense", "../new/x", "sending"])
+def test_requeue_says_what_it_could_not_and_does_the_rest(run, queue, spool, unknown):
+    name = spool.get(unknown, unknown)
+    status, output, errors = run("--maildir", queue.path, "--requeue", spool["failed"], name)
+    assert (status, output) == (65, "")
+    assert re.fullmatch(rf"sendmail: .*{re.escape(name)}.*\n", errors)
+    assert ".failed/new" not in state(queue)
+    assert state(queue)["cur"] == [spool["sending"]]
+
+
+def screen(text: str) -> list[str]:
+    """What stands on a terminal at the end, line by line."""
+    lines = [""]
+    column = 0
+    for part in re.findall(r"\r|\n|\x1b\[[0-9;?]*[A-Za-z]|[^\r\n\x1b]+", text):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            lines.append("")
+        elif part.startswith("\x1b"):
+            lines[-1] = {"\x1b[K": lines[-1][:column], "\x1b[2K": ""}.get(part, lines[-1])
+        else:
+            lines[-1] = lines[-1][:column].ljust(column) + part + lines[-1][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def test_pass_over_a_long_queue_shows_progress_on_a_terminal_alone(background, queue, relay):
+    delivery = QueuedMailDelivery(queue)
+    for number in range(300):
+        delivery.send("app@example.com", f"ann{number}@example.com", f"Message-Id: <{number}@x>\n\nHello\n")
+    transaction.commit()
+    relay.refusals = {"ann150@example.com": "550 5.1.1 nobody here"}
+    call = ["--maildir", queue.path, *to_relay(relay)]
+
+    status, output = on_terminal(background, *call, stderr=True)
+
+    assert status == 0
+    assert len(relay.received) == 299
+    assert re.search(r"\d+", output.split("\r")[0] + output.split("\r")[1]), "there was progress"
+    assert "300" in output
+    [line] = screen(output)  # it is gone when done: what is left is the message that was given up
+    assert line.startswith("sendmail: ") and "ann150@example.com" in line
+
+
+def test_verbose_logs_each_message_as_keys_and_values(run, queue, relay):
+    relay.refusals = {"dora@example.com": "450 4.2.1 try later"}
+    for recipients in (["ann@example.com", "bob@example.com"], ["dora@example.com"]):
+        queue.add("app@example.com", recipients, MESSAGE)
+    status, output, errors = run("--maildir", queue.path, *to_relay(relay), "--verbose")
+    assert (status, output) == (0, "")
+    sent, deferred = (line for line in errors.splitlines() if "message-id=" in line)
+    for line, *words in (sent, "ann@", "bob@", "250 2.0.0 Ok: queued as 1"), (deferred, "dora@", "450 4.2.1 try later"):
+        pairs = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
+        assert pairs["message-id"].strip("<>") == "m1@example.com"
+        assert float(pairs["delay"].rstrip("s")) >= 0
+        assert f"{relay.host}:{relay.port}" in pairs["relay"]
+        assert words[-1] in pairs["reply"]
+        assert all(word in line for word in ["app@example.com", *words])
+
+
+# ------------------------------------------------------------------- exit statuses, and what is said
+
+
+def test_pass_is_silent_but_for_a_message_that_is_given_up(run, queue, relay):
+    call = ["--maildir", queue.path, *to_relay(relay)]
+    assert run(*call) == (0, "", "")
+    queue.add("app@example.com", "ann@example.com", MESSAGE)
+    assert run(*call) == (0, "", "")
+    relay.refusals = {"dora@example.com": "450 4.2.1 try later", "fred@example.com": "550 5.1.1 no Fred here"}
+    queue.add("app@example.com", ["ann@example.com", "dora@example.com"], MESSAGE)
+    assert run(*call) == (0, "", ""), "a deferral is no trouble"
+    queue.add("app@example.com", ["fred@example.com", "ann@example.com"], MESSAGE)
+    status, output, errors = run(*call)
+    assert (status, output) == (0, "")
+    assert re.fullmatch(r"sendmail: .*\n", errors)
+    assert all(text in errors for text in ("m1@example.com", "fred@example.com", "550 5.1.1 no Fred here"))
+    assert len(relay.received) == 3
+
+
+def test_outage_is_one_line_and_nothing_is_lost(run, queue, relay):
+    for _ in range(3):
+        queue.add("app@example.com", "ann@example.com", MESSAGE)
+    before = state(queue)
+    relay.close()
+    status, output, errors = run("--maildir", queue.path, *to_relay(relay), "--workers", 3)
+    assert (status, output) == (75, "")
+    assert re.fullmatch(rf"sendmail: .*127.0.0.1:{relay.port}.*\n", errors)
+    assert state(queue) == before
+
+
+def test_options_reach_the_processor(run, queue, relay):
+    relay.refusals = {"fred@example.com": "550 5.1.1 no Fred here"}
+    for name in ("fred", "ann", "bob"):
+        queue.add("app@example.com", f"{name}@example.com", MESSAGE)
+    call = ["--maildir", queue.path, *to_relay(relay)]
+    assert run(*call, "--batch", 1, "--soft-bounce") == (0, "", "")
+    assert (relay.received, len(state(queue)["new"])) == ([], 3)
+    assert run(*call, "--batch", 1, "--workers", 4) == (0, "", "")
+    assert [received.recipients for received in relay.received] == [["ann@example.com"]]
+    relay.refusals = {"bob@example.com": "450 4.2.1 try later"}
+    [old] = [name for name in state(queue)["new"] if ",due=" not in name]
+    new = pathlib.Path(queue.path) / "new"
+    (new / old).rename(new / f"{int(time.time()) - 36 * 3600}.{old.partition('.')[2]}")
+    assert run(*call, "--max-age", 1)[0] == 0
+    assert len(state(queue)[".failed/new"]) == 1
+
+
+def test_print_shows_the_messages_instead_of_sending_them(run, queue):
+    assert run("--maildir", queue.path, ANN, stdin=b"Subject: Gr\xc3\xbc\xc3\x9fe\n\n\xff.\n") == (0, "", "")
+    status, output, errors = run("--maildir", queue.path, "--print")
+    assert (status, errors) == (0, "")
+    assert "ann@example.com" in output
+    assert "Subject: Grüße" in output
+    assert state(queue) == {}
+
+
+def test_environment_names_the_queue_and_options_prevail(monkeypatch, run, tmp_path):
+    monkeypatch.setenv("SENDMAIL_MAILDIR", str(tmp_path / "one"))
+    assert run(ANN, stdin=MESSAGE) == (0, "", "")
+    assert run(ANN, "--maildir", tmp_path / "two", stdin=MESSAGE) == (0, "", "")
+    assert [list(state(tmp_path / name)) for name in ("one", "two")] == [["new"], ["new"]]
+    assert run("--print")[1].count("Hello, Ann.") == 1
+    assert [list(state(tmp_path / name)) for name in ("one", "two")] == [[], ["new"]]
+
+
+class LoginRelay(Relay):
+    """A relay that offers a login, and writes down the passwords."""
+
+    def __init__(self, wanted: str) -> None:
+        from aiosmtpd.smtp import AuthResult
+
+        def authenticate(server: Any, session: Any, envelope: Any, mechanism: str, data: Any) -> Any:
+            self.passwords.append(data.password.decode())
+            return AuthResult(success=re.fullmatch(wanted, data.password.decode()) is not None, handled=False)
+
+        self.passwords: list[str] = []
+        super().__init__(authenticator=authenticate, auth_require_tls=False)
+
+
+@pytest.fixture(scope="module")
+def login_relay() -> Iterator[LoginRelay]:
+    relay = LoginRelay("secret")
+    yield relay
+    relay.close()
+
+
+def test_password_comes_from_the_environment(monkeypatch, run, queue):
+    relay = LoginRelay("secret")
+    call = ["--maildir", queue.path, *to_relay(relay), "--username", "app", "--no-tls"]
+    queue.add("app@example.com", ANN, MESSAGE)
+    monkeypatch.setenv("SENDMAIL_PASSWORD", "wrong-password")
+    status, _, errors = run(*call)
+    assert (status, len(errors.splitlines()), list(state(queue))) == (75, 1, ["new"])
+    assert "wrong-password" not in errors
+    monkeypatch.setenv("SENDMAIL_PASSWORD", "secret")
+    assert run(*call) == (0, "", "")
+    relay.close()
+    assert (relay.passwords, state(queue)) == (["wrong-password", "secret"], {})
+
+
+def test_password_file_is_read_at_every_login(background, queue, tmp_path):
+    relay = LoginRelay("one|two")
+    password = tmp_path / "password"
+    password.write_text("one\r\nignored\n")
+    call = ["--maildir", queue.path, *to_relay(relay), "--username", "app", "--password-file", password, "--no-tls"]
+    daemon = background(sys.executable, MODULE, *call, "--interval", "0.05", stderr=subprocess.PIPE)
+    for secret in ("one", "wrong", "two"):
+        password.write_text(secret)
+        queue.add("app@example.com", ANN, MESSAGE)
+        wait_until(lambda secret=secret: secret in relay.passwords)
+        if secret != "wrong":
+            wait_until(lambda: state(queue) == {})
+    daemon.terminate()
+    assert (daemon.wait(20), len(relay.received)) == (0, 3)
+    assert all(line.startswith(b"sendmail: ") for line in daemon.stderr)
+    relay.close()
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+NO_ID = b"Message-Id: nonsense\n\n"
+BAD_INPUT = {
+    # name: arguments ({q} is a good queue, {d} a directory, {p} the port of a relay), standard input, exit status
+    "no-queue-named": ("", b"", 64),
+    "empty-queue-name": ("--maildir ''", b"", 64),
+    "unknown-option": ("--maildir {q} --nonsense", b"", 64),
+    "unknown-sendmail-option": ("--maildir {q} -Z ann@example.com", MESSAGE, 64),
+    "option-without-value": ("--maildir {q} --port", b"", 64),
+    "value-for-a-flag": ("--maildir {q} --force-tls=yes", b"", 64),
+    "port-a-word": ("--maildir {q} --port smtp", b"", 64),
+    "port-zero": ("--maildir {q} --port 0", b"", 64),
+    "port-too-high": ("--maildir {q} --port 70000", b"", 64),
+    "port-broken": ("--maildir {q} --port 25.5", b"", 64),
+    "port-digits-of-another-script": ("--maildir {q} --port ２５²", b"", 64),
+    "interval-zero": ("--maildir {q} --port {p} --interval 0", b"", 64),
+    "interval-nan": ("--maildir {q} --port {p} --interval nan", b"", 64),
+    "interval-huge": ("--maildir {q} --port 1 --interval 1e300", b"", 64),
+    "timeout-negative": ("--maildir {q} --timeout -1", b"", 64),
+    "timeout-huge": ("--maildir {q} --port {p} --timeout 1e300", b"", 64),
+    "workers-zero": ("--maildir {q} --workers 0", b"", 64),
+    "batch-a-word": ("--maildir {q} --batch all", b"", 64),
+    "max-age-infinite": ("--maildir {q} --port {p} --max-age inf", b"", 64),
+    "contradiction": ("--maildir {q} --no-tls --force-tls", b"", 64),
+    "unknown-mechanism": ("--maildir {q} --auth NOSUCH", b"", 64),
+    "user-without-password": ("--maildir {q} --port {p} --username app", b"", 64),
+    "no-host": ("--maildir {q} --hostname ''", b"", 64),
+    "no-recipients": ("--maildir {q} -f app@example.com", MESSAGE, 64),
+    "no-recipients-in-headers": ("--maildir {q} -t", MESSAGE, 65),
+    "bad-recipient": ("--maildir {q} ann@", MESSAGE, 65),
+    "bad-recipient-in-headers": ("--maildir {q} -t", b"To: <ann@example.com@>, bob@\n" + MESSAGE, 65),
+    "recipient-with-line-break": ("--maildir {q} 'ann@example.com\nBcc: eve@example.com'", MESSAGE, 65),
+    "recipient-not-in-utf-8": ("--maildir {q} ann\udcff@example.com", MESSAGE, 65),
+    "empty-recipient": ("--maildir {q} ''", MESSAGE, 65),
+    "bad-sender": ("--maildir {q} -f app@ ann@example.com", MESSAGE, 65),
+    "bad-domain": ("--maildir {q} --domain 'a b' root", MESSAGE, 65),
+    "bad-message-id": ("--maildir {q} ann@example.com", NO_ID, 65),
+    "requeue-unknown": ("--maildir {q} --requeue nonsense", b"", 65),
+    "file-for-queue": ("--maildir {d}/file ann@example.com", MESSAGE, 73),
+    "path-through-a-file": ("--maildir {d}/file/queue ann@example.com", MESSAGE, 73),
+    "queue-in-nowhere": ("--maildir {d}/no/where ann@example.com", MESSAGE, 73),
+    "no-maildir": ("--maildir {d} ann@example.com", MESSAGE, 73),
+    "no-maildir-to-send": ("--maildir {d}", b"", 73),
+    "queue-not-to-be-made": ("--maildir {d}/locked/queue ann@example.com", MESSAGE, 73),
+    "queue-not-to-be-read": ("--maildir {d}/locked --list", b"", 73),
+    "queue-name-too-long": ("--maildir {d}/" + "x" * 300 + " ann@example.com", MESSAGE, 73),
+    "list-of-nothing": ("--maildir {d}/missing --list", b"", 73),
+    "requeue-of-nothing": ("--maildir {d}/missing --requeue", b"", 73),
+    "tmp-not-writable": ("--maildir {d}/readonly ann@example.com", MESSAGE, 74),
+    "new-not-readable": ("--maildir {d}/hidden --port {p}", b"", 74),
+    "relay-refuses": ("--maildir {q} --hostname 127.0.0.1 --port 1", b"", 75),
+    "host-no-name": ("--maildir {q} --hostname a..b", b"", 75),
+    "host-an-address-too-long": ("--maildir {q} --hostname 127.0.0.1.1.1.", b"", 75),
+    "password-file-missing": ("--maildir {q} --port {p} --username app --no-tls --password-file {d}/missing", b"", 75),
+    "password-file-a-directory": ("--maildir {q} --port {p} --username app --no-tls --password-file {d}", b"", 75),
+    "password-file-locked": ("--maildir {q} --port {p} --username app --no-tls --password-file {d}/secret", b"", 75),
+    "password-file-binary": ("--maildir {q} --port {p} --username app --no-tls --password-file {d}/binary", b"", 75),
+    "password-not-ascii": ("--maildir {q} --port {p} --username app --no-tls --password-file {d}/umlaut", b"", 75),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_with_its_exit_status_and_nothing_is_lost(name, queue, tmp_path, login_relay):
+    arguments, stdin, status = BAD_INPUT[name]
+    directory = tmp_path / "d"
+    for path in (directory, directory / "locked"):
+        path.mkdir()
+    (directory / "file").write_text("precious")
+    for file, text in ("secret", b"x\n"), ("binary", b"\xff\x00\n"), ("umlaut", "pässwort\n".encode()):
+        (directory / file).write_bytes(text)
+    Maildir(directory / "readonly")
+    Maildir(directory / "hidden").add("app@example.com", ANN, MESSAGE)
+    queue.add("app@example.com", ANN, MESSAGE)
+    modes = {"locked": 0, "secret": 0, "readonly/tmp": 0o500, "hidden/new": 0o300}
+    for path, mode in modes.items():
+        (directory / path).chmod(mode)
+    call = shlex.split(arguments.format(q=queue.path, d=directory, p=login_relay.port))
+    done = command_line(*call, stdin=stdin, env={"SENDMAIL_MAILDIR": ""}, preexec_fn=without_root_rights)
+
+    for path in modes:
+        (directory / path).chmod(0o700)
+    errors = done.stderr.decode(errors="replace")
+    assert (done.returncode, done.stdout) == (status, b"")
+    assert re.fullmatch(r"sendmail: \S.*\n", errors)
+    assert "Traceback" not in errors
+    assert all(len(state(q)["new"]) == 1 for q in (queue, directory / "hidden"))
+    assert [file.endswith(MESSAGE) for file in content(queue)] == [True]
+    assert (directory / "file").read_text() == "precious"
+    assert (state(directory / "readonly"), login_relay.received) == ({}, [])
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "binary", "file", "hidden", "locked", "readonly", "secret", "umlaut"]  # fmt: skip
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_unreadable_standard_input_queues_nothing(queue, closed):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as source:
+        peer = server.accept()[0]
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()  # with a reset: who reads at the other end gets an error, not an end of file
+        close = (lambda: os.close(0)) if closed else None
+        done = subprocess.run([sys.executable, MODULE, "--maildir", queue.path, ANN], stdin=source.fileno(),
+                              capture_output=True, preexec_fn=close, timeout=60)  # fmt: skip
+    assert done.returncode in (65, 74)
+    assert re.fullmatch(rb"sendmail: \S.*\n", done.stderr)
+    assert state(queue) == {}
+
+
+def test_binary_standard_input_is_kept_to_the_byte(run, queue, relay):
+    binary = bytes(range(1, 256)) * 300
+    assert run("--maildir", queue.path, "-i", ANN, stdin=b"Subject: x\n\n" + binary) == (0, "", "")
+    assert queued(queue)[2].endswith(b"Subject: x\n\n" + binary)
+    assert run("--maildir", queue.path, "-i", ANN, stdin=b"\0\xff" + binary) == (0, "", "")
+    assert run("--maildir", queue.path, *to_relay(relay)) == (0, "", "")
+    assert len(relay.received) == 2
+
+
+def test_file_size_limit_refuses_the_message_and_leaves_no_litter(queue):
+    done = command_line("--maildir", queue.path, ANN, stdin=MESSAGE + b"x" * 100_000,
+                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)))  # fmt: skip
+    assert (done.returncode, done.stdout) == (74, b"")
+    assert re.fullmatch(rb"sendmail: \S.*\n", done.stderr)
+    assert state(queue) == {}
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--list", "--list --json", "--help", "--version", "--print", "--print --interval 9"]
+)
+@pytest.mark.parametrize("output", ["full", "closed", "broken-pipe"])
+def test_output_that_goes_nowhere_is_one_line_and_nothing_is_lost(background, queue, arguments, output):
+    queue.add("app@example.com", ANN, MESSAGE)
+    before = state(queue)
+    if output == "full":
+        target: Any = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, target = os.pipe()
+        os.close(reader)
+    close = (lambda: os.close(1)) if output == "closed" else None
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = background(sys.executable, MODULE, "--maildir", queue.path, *arguments.split(), stdout=target,
+                         stderr=subprocess.PIPE, preexec_fn=close, env=buffered)  # fmt: skip
+    os.close(target)
+    errors = process.stderr.readline()
+    process.terminate() if "--interval" in arguments else None  # it stays, as it does when a relay is unavailable
+    errors += process.stderr.read()
+    assert process.wait(20) == {"--print": 75, "--print --interval 9": 0}.get(arguments, 74)
+    assert re.fullmatch(rb"sendmail: \S.*\n", errors) or (errors, output) == (b"", "broken-pipe")
+    assert state(queue) == before
+
+
+def test_closed_standard_error_stops_nothing(queue, relay):
+    relay.refusals = {"fred@example.com": "550 5.1.1 no Fred here"}
+    for name in ("fred", "ann"):
+        queue.add("app@example.com", f"{name}@example.com", MESSAGE)
+    done = command_line("--maildir", queue.path, *to_relay(relay), preexec_fn=lambda: os.close(2))
+    assert (done.returncode, len(relay.received), list(state(queue))) == (0, 1, [".failed/new"])
+
+
+# ---------------------------------------------------------------------------------- signals, daemons
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("arguments", [[], ["--interval", "0.1"], ["--workers", "3"]])
+def test_signal_finishes_the_message_in_hand_and_starts_no_other(background, queue, scripted, arguments, signum):
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def slow(connection: Connection) -> None:
+        connection.greet()
+        while verb := connection.line()[:4].upper():
+            if verb == "DATA":
+                connection.say("354 go")
+                connection.data()
+                arrived.set()
+                go_on.wait(20)
+            connection.say("250 2.0.0 Ok")
+
+    relay = scripted(slow)
+    for _ in range(8):
+        queue.add("app@example.com", ANN, MESSAGE)
+    call = ["--maildir", queue.path, *to_relay(relay), *arguments]
+    process = background(sys.executable, MODULE, *call, stderr=subprocess.PIPE)
+    assert arrived.wait(20)
+    process.send_signal(signum)
+    wait_until(lambda: not pending(process.pid, signum))
+    go_on.set()
+    assert (process.wait(20), process.stderr.read()) == (0, b"")
+    in_hand = [connection for connection in relay.connections if "DATA" in connection.lines]
+    assert 1 <= len(in_hand) <= (3 if arguments[:1] == ["--workers"] else 1)
+    assert sum(connection.lines.count("DATA") for connection in in_hand) == len(in_hand)
+    assert {directory: len(names) for directory, names in state(queue).items()} == {"new": 8 - len(in_hand)}
+
+
+def pending(pid: int, signum: int) -> bool:
+    """Whether a signal still waits to be taken by a process."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return any(int(mask, 16) >> signum - 1 & 1 for mask in re.findall(r"(?m)^S(?:ig|hd)Pnd:\s*(\w+)", status))
+
+
+def test_second_signal_ends_at_once_and_the_next_pass_sends_the_message_in_hand(background, queue, scripted, relay):
+    arrived, never = threading.Event(), threading.Event()
+
+    def silent(connection: Connection) -> None:
+        connection.greet()
+        assert connection.line().startswith("MAIL")
+        arrived.set()
+        never.wait(60)
+
+    queue.add("app@example.com", ANN, MESSAGE)
+    stuck = scripted(silent)
+    process = background(sys.executable, MODULE, "--maildir", queue.path, *to_relay(stuck), stderr=subprocess.DEVNULL)
+    assert arrived.wait(20)
+
+    def ended() -> bool:
+        process.terminate()
+        return process.poll() is not None
+
+    wait_until(ended)
+    never.set()
+    assert process.returncode == -signal.SIGTERM
+    assert command_line("--maildir", queue.path, *to_relay(relay)).returncode == 0
+    assert (len(relay.received), state(queue)) == (1, {})
+
+
+def test_interrupted_injection_queues_nothing_and_shows_no_traceback(background, queue):
+    call = [sys.executable, MODULE, "--maildir", queue.path, ANN]
+    process = background(*call, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    process.stdin.write(b"Subject: x\n\n" + b"x\n" * 500_000)  # more than a pipe holds: it is reading
+
+    def ended() -> bool:
+        process.send_signal(signal.SIGINT)
+        return process.poll() is not None
+
+    wait_until(ended)
+    assert process.returncode != 0
+    assert b"Traceback" not in process.stderr.read()
+    assert state(queue) == {}
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+
+
+def test_daemon_sends_what_is_queued_meanwhile_and_outlives_an_outage(background, queue, relay):
+    reserved = socket.create_server(("127.0.0.1", 0))  # a port where nobody answers in SMTP
+    reserved.settimeout(20)
+    daemon = background(sys.executable, MODULE, "--maildir", queue.path, "--hostname", "127.0.0.1", "--port",
+                        reserved.getsockname()[1], "--interval", "0.05", stderr=subprocess.PIPE)  # fmt: skip
+    queue.add("app@example.com", ANN, MESSAGE)
+    for _ in range(2):
+        reserved.accept()[0].close()
+    connection = Connection(reserved.accept()[0], 3)
+    connection.greet()
+    for reply in ("250 ok", "250 ok", "354 go"):
+        connection.line()
+        connection.say(reply)
+    assert connection.data() == crlf(MESSAGE)
+    connection.say("250 2.0.0 Ok")
+    wait_until(lambda: state(queue) == {})
+    daemon.terminate()
+    assert daemon.wait(20) == 0
+    assert len(re.findall(rb"(?m)^sendmail: .*unavailable.*$", daemon.stderr.read())) == 2
+    connection.close()
+    reserved.close()
+
+
+def test_two_processors_with_four_workers_send_each_message_once(background, queue, relay):
+    delivery = QueuedMailDelivery(queue)
+    for number in range(500):
+        delivery.send("app@example.com", f"ann{number}@example.com", f"Message-Id: <{number}@x>\n\nHello\n")
+    transaction.commit()
+    call = [sys.executable, MODULE, "--maildir", queue.path, *to_relay(relay), "--workers", "4", "--interval", "0.1"]
+    processors = [background(*call, stderr=subprocess.PIPE) for _ in range(2)]
+    wait_until(lambda: state(queue) == {}, 60)
+    for processor in processors:
+        processor.terminate()
+    assert [(p.wait(20), p.stderr.read()) for p in processors] == [(0, b""), (0, b"")]
+    assert sorted(r.recipients for r in relay.received) == sorted([f"ann{n}@example.com"] for n in range(500))
+
+
+# ------------------------------------------------------------------------ the file alone, and no transaction
+
+
+@pytest.fixture
+def alone(tmp_path: pathlib.Path) -> Callable[..., Any]:
+    """Run a copy of the module, or code that imports it, isolated, with nothing but the standard library."""
+    (tmp_path / "vendored").mkdir()
+    copy = shutil.copy(MODULE, tmp_path / "vendored" / "sendmail.py")
+
+    def call(*arguments: Any, code: str = "", stdin: bytes = b"") -> Any:
+        what = ["-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'vendored')!r})\n{code}"] if code else [copy]
+        python = [sys.executable, "-I", "-S", *what, *map(str, arguments)]
+        return subprocess.run(python, input=stdin, capture_output=True, timeout=60, cwd=tmp_path)
+
+    return call
+
+
+def test_file_alone_queues_and_prints(alone, queue):
+    done = alone("--maildir", queue.path, "-t", stdin=b"To: ann@example.com\n" + MESSAGE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    done = alone("--maildir", queue.path, "--print")
+    assert (done.returncode, done.stderr, state(queue)) == (0, b"", {})
+    assert b"Hello, Ann." in done.stdout
+
+
+def test_without_transaction_only_the_deliveries_are_missing(alone, queue, relay):
+    code = f"""
+import sendmail
+assert sendmail.transaction is None
+queue, events = sendmail.Maildir({queue.path!r}), []
+sendmail.subscribe(events.append)
+queue.add("app@example.com", ["ann@example.com"], "Subject: x\\n\\nHello\\n")
+mailer = sendmail.SMTPMailer({relay.host!r}, {relay.port})
+assert sendmail.QueueProcessorThread(queue, mailer).process().sent == 1
+assert [type(event) for event in events] == [sendmail.MailSentEvent]
+for make in (lambda: sendmail.QueuedMailDelivery(queue), lambda: sendmail.DirectMailDelivery(mailer)):
+    try:
+        make()
+    except ImportError as error:
+        print(error)
+"""
+    done = alone(code=code)
+    assert (done.returncode, done.stderr) == (0, b"")
+    lines = done.stdout.decode().splitlines()
+    assert len(lines) == 2 and all("install" in line and "transaction" in line for line in lines)
+    assert len(relay.received) == 1
+
+
+# ==================================================================================================== documents
+
+
+README = MODULE.with_name("README.md")
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of the README in *language*."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_help_in_the_readme_is_that_of_the_program():
+    helped = command_line("--help")
+    assert (helped.returncode, helped.stderr) == (0, b"")
+    assert helped.stdout.decode().strip() in README.read_text()
+
+
+def test_every_python_example_of_the_readme_runs(tmp_path):
+    examples = blocks("python")
+    assert examples
+    for number, example in enumerate(examples):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        done = subprocess.run([sys.executable, "-c", example], cwd=directory, capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "PYTHONPATH": str(MODULE.parent)}, check=False)  # fmt: skip
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def test_the_example_of_the_module_runs_and_queues_its_message(tmp_path):
+    example = re.search(r"\n\n((?:    .*\n|\n)+)", sendmail.__doc__)[1]
+    code = "\n".join(line[4:] for line in example.splitlines()).replace('SMTPMailer("localhost", 25)', "StreamMailer()")
+    code = code.replace("import QueuedMailDelivery, QueueProcessorThread, SMTPMailer", "import *")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(MODULE.parent)}, check=True)  # fmt: skip
+    assert "Hello, Ann." in done.stdout or b"Hello, Ann." in content(tmp_path / "queue")[0]
+
+
+def test_every_guarantee_has_a_test_that_carries_its_number():
+    numbers = re.findall(r"^    (\d)\. ", sendmail.__doc__, re.MULTILINE)
+    names = pathlib.Path(__file__).read_text()
+    assert numbers == list("1234567")
+    assert [number for number in numbers if f"def test_guarantee_{number}_" not in names] == []
+
+
+def test_every_public_name_is_documented_and_nothing_else_is_public():
+    for name in sendmail.__all__:
+        assert getattr(sendmail, name).__doc__, name
+    defined = {name for name, value in vars(sendmail).items() if getattr(value, "__module__", "") == "sendmail"}
+    assert {name for name in defined if not name.startswith("_")} == set(sendmail.__all__)
