@@ -283,10 +283,9 @@ def _new_name() -> str:
 
 
 def _due_time(name: str, now: float) -> float:
-    """Return when the message called *name* is due: 0, at once, if a wrong clock wrote more than the longest backoff."""
-    found = _DUE.search(name)
-    due = float(found[1]) if found else 0.0
-    return due if due <= now + _BACKOFF_MAX else 0.0
+    """Return when the message called *name* is due: 0, at once, if it says more than the longest backoff."""
+    due = name.rpartition(",due=")[2]  # quicker than a pattern, and there may be 100,000
+    return float(due) if due.isdecimal() and float(due) <= now + _BACKOFF_MAX else 0.0
 
 
 def _backoff(age: float) -> float:
@@ -336,6 +335,9 @@ class Reply:
         return Reply(self.code - 100 if self.outcome == "failed" else 451, f"4{self.status[1:]} {self}")
 
 
+_OK, _NO_REPLY = Reply(250, "2.0.0 Ok"), Reply(451, "4.3.0 the mailer told nothing of this recipient")
+
+
 class RelayUnavailable(Exception):
     """The relay can't be used now, and no message is to blame: none is given up or deferred because of it.
 
@@ -353,11 +355,10 @@ class Mailer(Protocol):
         """
 
 
-def _judge(code: int, text: Any) -> Reply:
+def _judge(reply: Reply) -> Reply:
     """Return a reply after MAIL as what it means for the message: a 53x, or what is no reply at all, is 'try later'."""
-    reply = Reply(code, text)
-    known = 200 <= code < 300 or 400 <= code < 600
-    return reply if known and code not in _LOGIN_WANTED else reply.softened()
+    known = 200 <= reply.code < 300 or 400 <= reply.code < 600
+    return reply if known and reply.code not in _LOGIN_WANTED else reply.softened()
 
 
 def _reason(error: Any) -> str:
@@ -372,20 +373,20 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
     try:
         replies: Any = mailer.send(fromaddr, toaddrs, message) or {}
         ours = any(isinstance(reply, Reply) for reply in replies.values())  # smtplib tells only of those refused
-        default = Reply(451, "4.3.0 no reply from the mailer") if ours else Reply(250, "2.0.0 Ok")
+        default = _NO_REPLY if ours else _OK
     except RelayUnavailable:
         raise
     except smtplib.SMTPRecipientsRefused as error:
-        replies, default = error.recipients, Reply(451, "4.3.0 refused with others")
+        replies, default = error.recipients, _NO_REPLY
     except Exception as error:  # a mailer is anybody's code
         code = getattr(error, "smtp_code", 0)
         before_mail = isinstance(error, smtplib.SMTPSenderRefused) and code in {421, *_LOGIN_WANTED}
         if before_mail or isinstance(error, _NO_RELAY):
             raise RelayUnavailable(_reason(error)) from error
         text = f"{'4.4.2' if isinstance(error, OSError) else '4.3.0'} {_reason(error)}"
-        replies, default = {}, _judge(code, getattr(error, "smtp_error", "")) if code else Reply(451, text)
+        replies, default = {}, _judge(Reply(code, getattr(error, "smtp_error", ""))) if code else Reply(451, text)
     told = {address: replies.get(address, default) for address in toaddrs}
-    return {address: reply if isinstance(reply, Reply) else _judge(*reply) for address, reply in told.items()}
+    return {address: reply if isinstance(reply, Reply) else _judge(Reply(*reply)) for address, reply in told.items()}
 
 
 @contextlib.contextmanager
@@ -576,10 +577,10 @@ class SMTPMailer:
             raise RelayUnavailable(f"{self}: {sender}")
         self._kept.stage, refused = "RCPT", sender.outcome != "sent"
         if refused:
-            replies.update(dict.fromkeys(recipients, _judge(sender.code, sender.text)))
+            replies.update(dict.fromkeys(recipients, _judge(sender)))
         for address, write in zip(recipients, writes[1:]) if pipelined or not refused else ():
             reply = _answer(smtp, write)
-            replies[address] = replies[address] if refused else _judge(reply.code, reply.text)
+            replies[address] = replies[address] if refused else _judge(reply)
         accepted = [address for address in recipients if replies[address].outcome == "sent"]
         if accepted or pipelined:
             reply = _answer(smtp, writes[-1], go_ahead=354)
@@ -588,7 +589,7 @@ class SMTPMailer:
                 reply = _answer(smtp, _wire_pieces(message if accepted else b""), final=True)  # nothing raises after it
             elif reply.outcome == "sent":
                 raise _Lost(Reply(451, f"4.5.0 unexpected reply to DATA: {reply}"))
-            replies.update(dict.fromkeys(accepted, _judge(reply.code, reply.text)))
+            replies.update(dict.fromkeys(accepted, _judge(reply)))
         if self._kept.stage == "RCPT" and not refused:
             self._kept.stage = "data"
             _answer(smtp, [b"RSET\r\n"])
@@ -758,7 +759,7 @@ class Maildir:
             os.unlink(self._path("tmp", name))
 
     def _sync(self, names: Sequence[str]) -> None:
-        """Make files in tmp/ durable, side by side where there are many: a disk takes many fsyncs in the time of one."""
+        """Make files in tmp/ durable, side by side where there are many: a disk takes many fsyncs together."""
         paths = [self._path("tmp", name) for name in names]
         if len(paths) > 3:
             shares = [paths[i::_FSYNC_THREADS] for i in range(_FSYNC_THREADS)]
@@ -983,7 +984,7 @@ class _Claim:
 
     @classmethod
     def close_in_child(cls) -> None:
-        """Close the copies that a fork has made, without unlocking: the locks are the parent's, and must end with it."""
+        """Close the copies that a fork made, without unlocking: the locks are the parent's, and must end with it."""
         for claim in cls.open:
             os.close(claim.fd)
         cls.open.clear()
@@ -1024,7 +1025,7 @@ def _events(
 
 
 def _error_line(replies: Iterable[Reply]) -> str:
-    """Return what the file says of the last of *replies*, without addresses: zope.sendmail would send it to everybody."""
+    """Return what the file says of the last of *replies*, without addresses: zope.sendmail would send it to all."""
     lines = [f"{reply.status} {reply}" for reply in replies]
     return re.sub(r'(?:"[^"]*"|[^\s<>"(]*)@[^\s<>)]*', "*", lines[-1]) if lines else ""
 
@@ -1085,7 +1086,8 @@ class _Courier(NamedTuple):
         elif failed:
             claim.keep(tuple(failed), _error_line(failed.values()))
             claim.give_up()
-        yield from self._events(claim, "failed", failed)
+        if failed:
+            yield from self._events(claim, "failed", failed)
         if deferred:
             claim.keep(tuple(deferred), _error_line(deferred.values()))
             yield from self._defer(claim, deferred)
@@ -1419,7 +1421,7 @@ class QueueProcessorThread(threading.Thread):
         return counts
 
     def _look(self, directory: str) -> list[str]:
-        """Return what is due in *directory*, in order of arrival: [], without listing it, where nothing can have changed.
+        """Return what is due in *directory*, in order of arrival: [], without listing it, if nothing can have changed.
 
         A change within the clock tick of the one before leaves the mtime as it is: younger than 2 s, it proves nothing.
         """
@@ -1428,13 +1430,10 @@ class QueueProcessorThread(threading.Thread):
         if mtime == known.mtime and known.listed <= now < known.valid_until:
             return []
         names = self._queue._names(directory)
-        due, next_due = [], math.inf
-        for name in names:
-            when = max(_due_time(name, now), self._not_before.get(name, 0.0))
-            if when <= now:
-                due.append(name)
-            else:
-                next_due = min(next_due, when)
+        times = {name: _due_time(name, now) for name in names}
+        times.update((name, self._not_before[name]) for name in self._not_before.keys() & times)
+        due = [name for name, when in times.items() if when <= now]
+        next_due = min((when for when in times.values() if when > now), default=math.inf)
         quiet = not due and now - mtime / 1e9 > 2
         self._listings[directory] = _Listing(mtime, now, next_due if quiet else 0.0, len(names))
         return sorted(due, key=lambda name: (name in self._suspects, name))
@@ -1510,12 +1509,11 @@ not end the message; -f, -r SENDER: envelope sender (default: you; <> is none); 
 exit status: 0 done, even if messages were deferred or given up; 64 usage; 65 bad message; 73 no queue;
 74 input or output error; 75 relay unavailable
 """
-_NUMBERS: dict[str, type] = {
-    "interval": float, "batch": int, "workers": int, "max-age": float, "port": int, "timeout": float,
-}  # fmt: skip
-_OPTIONS = [f"{name}=" for name in ("maildir", "hostname", "username", "password-file", "auth", "domain", *_NUMBERS)] + [
-    "soft-bounce", "print", "no-tls", "force-tls", "implicit-tls", "verbose", "list", "json", "requeue", "help", "version",
-]  # fmt: skip
+_NUMBERS: dict[str, type] = {"interval": float, "batch": int, "workers": int, "max-age": float, "port": int,
+                             "timeout": float}  # fmt: skip
+_OPTIONS = [*(f"{name}=" for name in (*_NUMBERS, "maildir", "hostname", "username", "password-file", "auth", "domain")),
+            "soft-bounce", "print", "no-tls", "force-tls", "implicit-tls", "verbose", "list", "json", "requeue", "help",
+            "version"]  # fmt: skip
 _SENDMAIL_OPTIONS = "A:B:C:F:GIL:N:O:R:UV:X:b:ce:f:h:imno:p:r:tv"  # Postfix's; -q is not getopt's kind
 _ERASE = "\r\x1b[K"  # the line on a terminal
 _USAGE, _DATAERR, _CANTCREAT, _IOERR, _TEMPFAIL = 64, 65, 73, 74, 75  # sysexits(3)
@@ -1691,8 +1689,9 @@ def _list(queue: Maildir) -> None:
     for entry in entries:
         size = _human(entry["size"], (10**6, "MB"), (1000, "kB"), (1, "B"))
         wait = f" for {_age(entry['due'] - time.time())}" if entry["state"] == "deferred" else ""
-        for line in (f"{entry['name']:{longest}}  {_age(entry['age']):>6}  {size:>6}  {entry['state']}{wait}",
-                     f"    <{entry['sender']}> to {', '.join(entry['recipients'])}", f"    {entry['error']}"):  # fmt: skip
+        text = (f"{entry['name']:{longest}}  {_age(entry['age']):>6}  {size:>6}  {entry['state']}{wait}",
+                f"    <{entry['sender']}> to {', '.join(entry['recipients'])}", f"    {entry['error']}")  # fmt: skip
+        for line in text:
             if line.strip():
                 line = "".join(c if c.isprintable() else "?" for c in line)
                 _say(line if len(line) <= width else f"{line[: width - 1]}…")

@@ -294,7 +294,8 @@ class Connection:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
+            self.file.close()
             self.sock.close()
 
 
@@ -731,7 +732,9 @@ def test_replies_that_arrive_byte_by_byte_are_understood(scripted):
 
 def test_the_final_reply_may_take_longer_than_the_timeout(scripted):
     def end(_line, connection):
-        gone, _, _ = select.select([connection.sock], [], [], 1.0)
+        poll = select.poll()
+        poll.register(connection.sock, select.POLLIN)
+        gone = poll.poll(1000)
         return None if gone else "250 2.0.0 Ok"
 
     assert smtp_send(scripted(answering(end=end)), timeout=0.4)["b@x.org"].code == 250
@@ -3782,8 +3785,7 @@ def test_more_messages_than_file_descriptors_are_settled_like_few(queue, events)
     names = [f"n{number:03}" for number in range(100)]
     for name in names:
         delivery.send(SENDER, [ANN, BOB], a_message(name))
-    limits, top = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
-    os.close(top)
+    limits, top = resource.getrlimit(resource.RLIMIT_NOFILE), max(map(int, os.listdir("/dev/fd")))
     resource.setrlimit(resource.RLIMIT_NOFILE, (top + 50, limits[1]))
     try:
         transaction.commit()
@@ -4232,7 +4234,9 @@ def on_terminal(background: Any, *arguments: Any, columns: int = 80, stderr: boo
     os.close(theirs)
     output = b""
     with contextlib.suppress(OSError):  # EIO: the other side is closed
-        while select.select([ours], [], [], 60)[0] and (read := os.read(ours, 65536)):
+        poll = select.poll()  # select() takes no descriptor above 1,023
+        poll.register(ours, select.POLLIN)
+        while poll.poll(60_000) and (read := os.read(ours, 65536)):
             output += read
     os.close(ours)
     return process.wait(60), output.decode()
