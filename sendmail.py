@@ -1585,21 +1585,22 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
         signal.signal(signum, signal.SIG_DFL)
         processor.stop()
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, stop)
-    if "interval" in options:
-        processor.run()
-        return
     seen, total = set(), len(queue._names("new")) + len(queue._names("cur"))
-    if sys.stderr and sys.stderr.isatty() and "verbose" not in options:
-        @subscribe
-        def progress(event: MailEvent) -> None:
-            seen.add(event.message_id)
-            print(f"{_ERASE}{len(seen)} of {total}", end="", file=sys.stderr, flush=True)
-    if processor.process().outage:  # which the log has told
-        raise _Exit(_TEMPFAIL, "")
-    if seen:
-        print(_ERASE, end="", file=sys.stderr)
+
+    def progress(event: MailEvent) -> None:
+        seen.add(event.message_id)
+        print(f"{_ERASE}{len(seen)} of {total}", end="", file=sys.stderr, flush=True)
+
+    with contextlib.ExitStack() as undo:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            undo.callback(signal.signal, signum, signal.signal(signum, stop))
+        if "interval" in options:
+            return processor.run()
+        if sys.stderr and sys.stderr.isatty() and "verbose" not in options:
+            undo.callback(print, _ERASE, end="", file=sys.stderr)
+            undo.callback(unsubscribe, subscribe(progress))
+        if processor.process().outage:  # which the log has told
+            raise _Exit(_TEMPFAIL, "")
 
 
 def _addresses(text: str, domain: str) -> list[str]:
@@ -1664,12 +1665,14 @@ def _entries(queue: Maildir) -> Iterator[dict[str, Any]]:
     now = time.time()
     for directory, name in queue._all("cur", "new", ".failed/new", ".failed/cur"):
         try:
-            claim = queue._lock(directory, name)
+            claim = queue._lock(directory, name) if directory == "cur" else _Claim(queue, directory, name)
             state = "sending" if claim is None else "failed" if directory[0] == "." else "due"
             claim = claim or _Claim(queue, directory, name)
         except OSError:  # gone by now, or no message
             continue
         with contextlib.closing(claim):
+            if not stat.S_ISREG(os.fstat(claim.fd).st_mode):
+                continue
             with contextlib.suppress(ValueError):
                 claim.read()
             due = _due_time(name, now)
