@@ -39,7 +39,7 @@ Guarantees
        it up, at once.  A living processor, however slow its relay, is never robbed.
     4. commit() returning means durable: the file fsynced before its rename, the directory after it.
     5. A changed list of recipients replaces the file atomically, before the message is let go of; once the relay has
-       taken it for some, the file without those is the first thing written.
+       taken it for some, the file without those is the first thing written (in place, on a disk too full for another).
     6. A process that dies causes a duplicate only between the relay's final reply and the unlink (or replacement) that
        follows it; nothing else, no event, no logging, no QUIT, stands between the two.
     7. A queue whose creation was cut short is completed; a directory that is no Maildir is refused, untouched.
