@@ -65,7 +65,6 @@ import getopt
 import itertools
 import json
 import logging
-import math
 import os
 import pwd
 import re
@@ -102,8 +101,7 @@ _OUTAGE_WAIT_MAX = 60.0  # seconds between two passes
 _FINAL_REPLY_TIMEOUT = 600.0  # seconds (RFC 5321, 4.5.3.2.6)
 _GROUP = 100  # recipients at a time (RFC 5321, 4.5.3.1.8)
 _PIECE = 32_000  # bytes of a message; under 64 KB with dots stuffed and line ends made CRLF
-_FSYNC_THREADS = 16
-_CLAIMS_AT_ONCE = 32  # by a delivery, for each takes a file descriptor
+_AT_ONCE = 16  # fsyncs, or claims, of a delivery; each takes a file descriptor
 _Queue: TypeAlias = "Maildir | str | os.PathLike[str]"
 _Content: TypeAlias = "bytes | str | email.message.Message"
 _log = logging.getLogger("sendmail")
@@ -141,7 +139,6 @@ class MailErrorEvent(MailEvent):
 
 
 _Handler = TypeVar("_Handler", bound=Callable[[Any], object])
-_Tell: TypeAlias = Callable[[MailEvent], object]
 _handlers: list[Callable[[Any], object]] = []
 
 
@@ -164,7 +161,7 @@ def notify(event: MailEvent) -> None:
     """Call every handler with *event*, each in a new transaction."""
     for handler in tuple(_handlers):
         try:
-            with _new_transaction():
+            with _new_transaction() if transaction else contextlib.nullcontext():
                 handler(event)
         except Exception:  # it is anybody's code
             _log.exception("event handler %r failed on %r", handler, event)
@@ -177,9 +174,6 @@ def _new_transaction() -> Iterator[None]:
     An after-commit hook runs before the manager lets go of the finished transaction: `begin()` would abort and corrupt
     it there.  But the default manager is a thread-local with a replaceable one inside: lend it a fresh one.
     """
-    if transaction is None:
-        yield
-        return
     outer, fresh = transaction.manager.manager, transaction.TransactionManager()
     transaction.manager.manager = fresh
     try:
@@ -248,9 +242,8 @@ def _serialise(message: _Content, addresses: Iterable[str]) -> bytes:
     message = copy.copy(message)  # which has a header list of its own as soon as one is deleted
     del message["Bcc"], message["Resent-Bcc"]
     policy: Any = message.policy
-    if not all(map(str.isascii, addresses)) and hasattr(policy, "utf8"):
-        policy = policy.clone(utf8=True)  # RFC 6532: such a local part can't be written otherwise
-    return message.as_bytes(policy=policy)
+    utf8 = hasattr(policy, "utf8") and not all(map(str.isascii, addresses))  # RFC 6532: can't be written otherwise
+    return message.as_bytes(policy=policy.clone(utf8=True) if utf8 else policy)
 
 
 def _prepare(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> tuple[str, tuple[str, ...], bytes]:
@@ -262,16 +255,14 @@ def _prepare(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> 
         if not (address.isprintable() and _ADDR_SPEC.fullmatch(address)):
             raise ValueError(f"not an address (local@domain, without a display name): {_printable(address)!r}")
     content = _serialise(message, (fromaddr, *recipients))
-    headers, lines = _headers_of(content), []
-    message_id = _header(headers, b"Message-Id")
-    if message_id is None:
-        message_id = email.utils.make_msgid(domain=socket.gethostname())
-        lines.append(f"Message-Id: {message_id}")
-    elif not (message_id.isprintable() and re.fullmatch(r"<[^<>\s]+>", message_id)):
+    headers = _headers_of(content)
+    found, dated = _header(headers, b"Message-Id"), _header(headers, b"Date") is not None
+    message_id = email.utils.make_msgid(domain=socket.gethostname()) if found is None else found
+    if not (message_id.isprintable() and re.fullmatch(r"<[^<>\s]+>", message_id)):
         raise ValueError(f"malformed Message-Id, not <left@right>: {_printable(message_id)!r}")
-    if _header(headers, b"Date") is None:
-        lines.append(f"Date: {email.utils.formatdate(localtime=True)}")
-    return message_id[1:-1], recipients, _with_header_lines(content, *lines) if lines else content
+    added = [] if found else [f"Message-Id: {message_id}"]
+    added += [] if dated else [f"Date: {email.utils.formatdate(localtime=True)}"]
+    return message_id[1:-1], recipients, _with_header_lines(content, *added) if added else content
 
 
 def _new_name() -> str:
@@ -282,19 +273,25 @@ def _new_name() -> str:
     return f"{seconds}.M{micros:06}P{os.getpid()}Q{unique}.{host}"
 
 
-def _due_time(name: str, now: float) -> float:
-    """Return when the message called *name* is due: 0, at once, if it says more than the longest backoff."""
-    due = name.rpartition(",due=")[2]  # quicker than a pattern, and there may be 100,000
-    return float(due) if due.isdecimal() and float(due) <= now + _BACKOFF_MAX else 0.0
+def _schedule(names: Iterable[str], now: float) -> tuple[list[str], int, float]:
+    """Return which of *names* are due at *now*, how many are not, and when to look again.
+
+    One that says more than the longest backoff comes from a wrong clock: it is due.
+    """
+    this_second, latest = f"{int(now):010}", f"{int(now + _BACKOFF_MAX):010}"
+    due, waiting, next_due = list[str](), 0, latest
+    for name in names:
+        when = name[-10:]  # compared as text, which is quick: there may be 100,000
+        if this_second < when <= latest and name[-15:-10] == ",due=" and when.isdecimal():
+            waiting, next_due = waiting + 1, when if when < next_due else next_due
+        else:
+            due.append(name)
+    return due, waiting, float(next_due)
 
 
 def _backoff(age: float) -> float:
     """Return the seconds to the next try of a message: as many as it is old, within bounds, as in Postfix."""
     return min(max(age, _BACKOFF_MIN), _BACKOFF_MAX)
-
-
-def _groups(recipients: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    return (recipients[start : start + _GROUP] for start in range(0, len(recipients), _GROUP))
 
 
 # -------------------------------------------------------------------------------------------------- mailers
@@ -308,7 +305,6 @@ _MECHANISMS = ("CRAM-MD5", "PLAIN", "LOGIN", "XOAUTH2")  # the best first; the l
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """What the relay says of a recipient: an SMTP *code*, and its *text* as one printable line."""
-
     code: int
     text: str
 
@@ -326,13 +322,17 @@ class Reply:
     @property
     def status(self) -> str:
         """The enhanced status code (RFC 3463) in the text; where there is none, one that says as much as the code."""
-        digit = {"sent": "2", "failed": "5", "deferred": "4"}[self.outcome]
-        found = _ENHANCED_STATUS.match(self.text)
+        digit, found = {"sent": "2", "failed": "5"}.get(self.outcome, "4"), _ENHANCED_STATUS.match(self.text)
         return found[0] if found and found[1] == digit else f"{digit}.0.0"
 
     def softened(self) -> Reply:
         """Return this reply as one that says 'try later'."""
         return Reply(self.code - 100 if self.outcome == "failed" else 451, f"4{self.status[1:]} {self}")
+
+    def judged(self) -> Reply:
+        """Return what this means after MAIL, for the message: a 53x, or what is no reply at all, is 'try later'."""
+        known = 200 <= self.code < 300 or 400 <= self.code < 600
+        return self if known and self.code not in _LOGIN_WANTED else self.softened()
 
 
 _OK, _NO_REPLY = Reply(250, "2.0.0 Ok"), Reply(451, "4.3.0 the mailer told nothing of this recipient")
@@ -353,12 +353,6 @@ class Mailer(Protocol):
 
         May raise `RelayUnavailable`, or in the vocabulary of `smtplib`, as the mailers of zope.sendmail do.
         """
-
-
-def _judge(reply: Reply) -> Reply:
-    """Return a reply after MAIL as what it means for the message: a 53x, or what is no reply at all, is 'try later'."""
-    known = 200 <= reply.code < 300 or 400 <= reply.code < 600
-    return reply if known and reply.code not in _LOGIN_WANTED else reply.softened()
 
 
 def _reason(error: Any) -> str:
@@ -384,9 +378,9 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         if before_mail or isinstance(error, _NO_RELAY):
             raise RelayUnavailable(_reason(error)) from error
         text = f"{'4.4.2' if isinstance(error, OSError) else '4.3.0'} {_reason(error)}"
-        replies, default = {}, _judge(Reply(code, getattr(error, "smtp_error", ""))) if code else Reply(451, text)
+        replies, default = {}, Reply(code, getattr(error, "smtp_error", "")).judged() if code else Reply(451, text)
     told = {address: replies.get(address, default) for address in toaddrs}
-    return {address: reply if isinstance(reply, Reply) else _judge(Reply(*reply)) for address, reply in told.items()}
+    return {address: reply if isinstance(reply, Reply) else Reply(*reply).judged() for address, reply in told.items()}
 
 
 @contextlib.contextmanager
@@ -394,8 +388,7 @@ def _connected(mailer: Any) -> Iterator[None]:
     """Enter *mailer* for the block, if it is a context manager.  Raise `RelayUnavailable` if it refuses."""
     with contextlib.ExitStack() as connection:
         try:
-            if hasattr(mailer, "__enter__"):
-                connection.enter_context(mailer)
+            connection.enter_context(mailer if hasattr(mailer, "__enter__") else contextlib.nullcontext())
         except Exception as error:
             raise error if isinstance(error, RelayUnavailable) else RelayUnavailable(_reason(error)) from error
         yield
@@ -481,7 +474,6 @@ def _answer(smtp: Any, pieces: Iterable[bytes] = (), final: bool = False, go_ahe
 
 class _Kept(threading.local):
     """What a thread keeps of a mailer: the connection, the process that made it, how often the mailer was entered."""
-
     smtp: Any = None
     pid = depth = 0
     stage = ""  # of the dialogue: 'MAIL', then 'RCPT' when that is answered, then 'data': not to be tried again
@@ -539,22 +531,19 @@ class SMTPMailer:
         """Send *message*; return a `Reply` for each of *toaddrs*.  May raise `RelayUnavailable`."""
         if not "".join((fromaddr, *toaddrs)).isprintable():
             raise ValueError("an address holds control characters")
-        kept = self._kept
-        again = kept.smtp is not None and kept.pid == os.getpid()  # the relay may have dropped it meanwhile
+        kept, replies = self._kept, dict[str, Reply]()
+        reused = kept.smtp is not None and kept.pid == os.getpid()  # the relay may have dropped it meanwhile
         with self:
-            while True:
-                replies: dict[str, Reply] = {}
-                try:
-                    self._transact(self._connection(), fromaddr, toaddrs, message, replies)
-                    return replies
-                except BaseException as error:
-                    self._disconnect()
-                    if not isinstance(error, _Lost):
-                        raise
-                    lost: Reply = error.args[0]
-                if not again or kept.stage == "data":
-                    break
-                again = False
+            try:
+                self._transact(self._connection(), fromaddr, toaddrs, message, replies)
+                return replies
+            except BaseException as error:
+                self._disconnect()
+                if not isinstance(error, _Lost):
+                    raise
+                lost: Reply = error.args[0]
+            if reused and kept.stage != "data":
+                return self.send(fromaddr, toaddrs, message)  # once: the connection is a new one
             if kept.stage == "MAIL":
                 raise RelayUnavailable(f"{self}: {lost}")
             return {a: replies[a] if a in replies and replies[a].outcome != "sent" else lost for a in toaddrs}
@@ -577,10 +566,10 @@ class SMTPMailer:
             raise RelayUnavailable(f"{self}: {sender}")
         self._kept.stage, refused = "RCPT", sender.outcome != "sent"
         if refused:
-            replies.update(dict.fromkeys(recipients, _judge(sender)))
+            replies.update(dict.fromkeys(recipients, sender.judged()))
         for address, write in zip(recipients, writes[1:]) if pipelined or not refused else ():
             reply = _answer(smtp, write)
-            replies[address] = replies[address] if refused else _judge(reply)
+            replies[address] = replies[address] if refused else reply.judged()
         accepted = [address for address in recipients if replies[address].outcome == "sent"]
         if accepted or pipelined:
             reply = _answer(smtp, writes[-1], go_ahead=354)
@@ -589,7 +578,7 @@ class SMTPMailer:
                 reply = _answer(smtp, _wire_pieces(message if accepted else b""), final=True)  # nothing raises after it
             elif reply.outcome == "sent":
                 raise _Lost(Reply(451, f"4.5.0 unexpected reply to DATA: {reply}"))
-            replies.update(dict.fromkeys(accepted, _judge(reply)))
+            replies.update(dict.fromkeys(accepted, reply.judged()))
         if self._kept.stage == "RCPT" and not refused:
             self._kept.stage = "data"
             _answer(smtp, [b"RSET\r\n"])
@@ -658,7 +647,6 @@ class SMTPMailer:
 @dataclasses.dataclass
 class StreamMailer:
     """Print instead of sending, on *stream* (None: standard output): for a first try, and for development."""
-
     stream: TextIO | None = None
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> None:
@@ -714,20 +702,17 @@ class Maildir:
     def add(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Queue a message durably, without a transaction; return its id.  Arguments and errors: see `send()`."""
         message_id, recipients, content = _prepare(fromaddr, toaddrs, message)
-        self._publish_one(self._write(fromaddr, recipients, content, sync=True), "new")
+        for error in self._publish([self._write(fromaddr, recipients, content, sync=True)]).values():
+            raise error  # and the file is litter
         self._wake()
         return message_id
 
     def _path(self, *parts: str) -> str:
         return "/".join((self.path, *parts))
 
-    def _names(self, directory: str) -> list[str]:
-        return [name for name in os.listdir(self._path(directory)) if name[0] != "."]
-
-    def _all(self, *directories: str) -> Iterator[tuple[str, str]]:
-        """Yield the directory and the name of all that stands in *directories*, so far as these exist."""
-        for directory in filter(lambda directory: os.path.isdir(self._path(directory)), directories):
-            yield from ((directory, name) for name in sorted(self._names(directory)))
+    def _names(self, directory: str) -> Iterator[str]:
+        with os.scandir(self._path(directory)) as entries:
+            yield from (entry.name for entry in entries if entry.name[0] != ".")
 
     def _make_directories(self, *directories: str) -> None:
         for directory in directories:
@@ -762,11 +747,9 @@ class Maildir:
         """Make files in tmp/ durable, side by side where there are many: a disk takes many fsyncs together."""
         paths = [self._path("tmp", name) for name in names]
         if len(paths) > 3:
-            shares = [paths[i::_FSYNC_THREADS] for i in range(_FSYNC_THREADS)]
             with contextlib.suppress(RuntimeError):  # no more threads, as at interpreter exit
-                with concurrent.futures.ThreadPoolExecutor(_FSYNC_THREADS) as pool:
-                    for _ in pool.map(lambda share: _fsync(*share), shares):
-                        pass
+                with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+                    list(pool.map(lambda share: _fsync(*share), [paths[i::_AT_ONCE] for i in range(_AT_ONCE)]))
                 return
         _fsync(*paths)
 
@@ -792,11 +775,6 @@ class Maildir:
                 if stat.S_ISFIFO(os.fstat(fd).st_mode):
                     trigger.write(b"\0")
 
-    def _publish_one(self, name: str, directory: str) -> None:
-        for error in self._publish([name], directory).values():
-            self._discard(name)
-            raise error
-
     def _open_trigger(self) -> list[int]:
         """Return the FIFO that `_publish` writes to, or [] if there is none; both ends, or its end could be read."""
         path = self._path("trigger")
@@ -812,23 +790,17 @@ class Maildir:
 
     def _lock(self, directory: str, name: str) -> _Claim | None:
         """Lock a message.  None: it is gone, or a living process holds it; `OSError`: no message, or trouble."""
-        try:
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), contextlib.ExitStack() as undo:
             claim = _Claim(self, directory, name)
-        except FileNotFoundError:
-            return None
-        locked = False
-        try:
+            undo.callback(claim.close)
             status = os.fstat(claim.fd)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("not a regular file")
             fcntl.flock(claim.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = os.path.samestat(status, os.lstat(claim.path))  # not moved or replaced before we had the lock
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        finally:
-            if not locked:
-                claim.close()
-        return claim if locked else None
+            if os.path.samestat(status, os.lstat(claim.path)):  # not moved or replaced before we had the lock
+                undo.pop_all()
+                return claim
+        return None
 
     def _claim(self, directory: str, name: str) -> _Claim | None:
         """Move a message to cur/, locked.  None and `OSError` as in `_lock`."""
@@ -858,14 +830,12 @@ class Maildir:
 
 class _Claim:
     """A message that nobody else may send, move or unlink, for as long as this holds the lock on it."""
-
     open: ClassVar[set[_Claim]] = set()  # of this process
     fromaddr = error = message_id = ""
     message = b""
     toaddrs: tuple[str, ...] = ()
-    owed: tuple[str, ...] | None = None  # who is left, once the relay took it for others, until the file says so
-    stuck = False  # the file can't say so for now
-    taken: Mapping[str, Reply] = {}  # what is to be told then
+    owed: tuple[str, ...] | None = None  # who is left, since the relay took it for others, if the file can't say so now
+    taken: Mapping[str, Reply] = {}  # what is to be told when it does
 
     def __init__(self, queue: Maildir, directory: str, name: str) -> None:
         self.queue, self.directory, self.name = queue, directory, name
@@ -918,16 +888,18 @@ class _Claim:
 
     def record(self, waiting: tuple[str, ...], error: str = "") -> None:
         """Note that the relay has taken the message for all but *waiting*: here the window for a duplicate closes."""
-        self.owed = waiting
-        if waiting:
-            try:
-                self.keep(waiting, error)
-            except OSError:
-                self.shorten(waiting)
-        else:
-            _insist(os.unlink, self.path)
-            self.toaddrs = ()
-        self.owed = None
+        try:
+            if not waiting:
+                _insist(os.unlink, self.path)
+            else:
+                try:
+                    self.keep(waiting, error)
+                except OSError:
+                    self.shorten(waiting)
+        except BaseException:
+            self.owed = waiting
+            raise
+        self.owed, self.toaddrs = None, waiting
 
     def shorten(self, toaddrs: tuple[str, ...]) -> None:
         """Write a shorter list over that in the file: for a disk that is too full for another file."""
@@ -947,7 +919,7 @@ class _Claim:
 
     def let_go(self) -> None:
         """Release it, if that was not done, and close it; if that fails it is abandoned, which will do."""
-        if self in self.open and not self.stuck:
+        if self in self.open and self.owed is None:
             with contextlib.suppress(OSError):
                 self.release()
             self.close()
@@ -962,7 +934,8 @@ class _Claim:
     def give_up_for(self, toaddrs: tuple[str, ...], error: str) -> None:
         """Put a copy for *toaddrs* in .failed/, for the others have another fate."""
         name = self.queue._write(self.fromaddr, toaddrs, self.message, error, sync=True)
-        self.queue._publish_one(name, self.queue._failed())
+        for trouble in self.queue._publish([name], self.queue._failed()).values():
+            raise trouble  # and the copy is litter
 
     def move(self, directory: str, name: str) -> None:
         """Rename it; if that fails, let go of it."""
@@ -995,9 +968,9 @@ os.register_at_fork(after_in_child=_Claim.close_in_child)
 # ------------------------------------------------------------------------------------- the fate of a message
 
 
-class _Message(NamedTuple):
+@dataclasses.dataclass
+class _Message:
     """What a transaction has sent: its content, or the name of the file in tmp/ that holds it."""
-
     message_id: str
     fromaddr: str
     toaddrs: tuple[str, ...]
@@ -1032,7 +1005,6 @@ def _error_line(replies: Iterable[Reply]) -> str:
 
 class _Courier(NamedTuple):
     """Sends claimed messages and settles them, recipient by recipient."""
-
     mailer: Mailer
     clock: Callable[[], float] = time.time
     max_age: float = _MAX_AGE
@@ -1049,7 +1021,6 @@ class _Courier(NamedTuple):
                 yield from self._attempt(claim)
             else:  # as good as new, once the file says who is left
                 claim.record(claim.owed, claim.error)
-                claim.stuck = False
                 yield from self._events(claim, "sent", claim.taken)
                 yield from self._defer(claim, {}) if claim.toaddrs else ()
         except RelayUnavailable:
@@ -1057,20 +1028,20 @@ class _Courier(NamedTuple):
             raise
         except Exception as error:
             _log.error("%s: %s", _printable(claim.path), _reason(error))
-            claim.stuck = claim.owed is not None  # and stays locked: nobody may send it again
             if isinstance(error, ValueError) and not claim.toaddrs:  # it has no envelope
                 claim.give_up()
                 yield MailErrorEvent("", claim.fromaddr, (), _reason(error), "5.6.0")
-            elif claim.directory == "cur" and not claim.stuck:
+            elif claim.directory == "cur" and claim.owed is None:
                 yield from self._defer(claim, dict.fromkeys(claim.toaddrs, Reply(451, f"4.3.0 {_reason(error)}")))
         finally:
-            if claim.owed is None:
+            if claim.owed is None:  # or else it stays locked: nobody may send it again
                 claim.close()
 
     def _attempt(self, claim: _Claim) -> Iterator[MailEvent]:
         failed, deferred = dict[str, Reply](), dict[str, Reply]()
-        for group in _groups(claim.toaddrs):
-            replies = _ask(self.mailer, claim.fromaddr, group, claim.message)
+        toaddrs = claim.toaddrs
+        for start in range(0, len(toaddrs), _GROUP):
+            replies = _ask(self.mailer, claim.fromaddr, toaddrs[start : start + _GROUP], claim.message)
             sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
             others = {address: reply for address, reply in replies.items() if address not in sent}
             if sent:
@@ -1093,7 +1064,7 @@ class _Courier(NamedTuple):
             yield from self._defer(claim, deferred)
 
     def _defer(self, claim: _Claim, replies: Mapping[str, Reply]) -> Iterator[MailEvent]:
-        due = math.floor(self.clock() + _backoff(claim.age(self.clock())))
+        due = int(self.clock() + _backoff(claim.age(self.clock())))
         claim.defer(due)
         return self._events(claim, "deferred", replies, due)
 
@@ -1166,7 +1137,7 @@ class _Delivery:
         if transaction is None:
             raise ImportError(f"{type(self).__name__} needs the package transaction: pip install transaction")
         self._manager = transaction.manager if transaction_manager is None else transaction_manager
-        self.queue: Any = None if queue is None else _maildir(queue)
+        self.queue: Any = queue if queue is None or isinstance(queue, Maildir) else Maildir(queue)
 
     def send(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Send *message* when, and only when, the transaction commits; return its id (without angle brackets).
@@ -1193,21 +1164,22 @@ class _Delivery:
         manager.messages.append(_Message(message_id, fromaddr, recipients, b"" if name else content, name))
         return message_id
 
-    def _finish(self, messages: Sequence[_Message]) -> Iterator[MailEvent]:
+    def _finish(self, messages: list[_Message]) -> Iterator[MailEvent]:
         """Show the messages of a committed transaction; one that can't be moved stays complete in tmp/."""
-        by_name = {message.name: message for message in messages}
+        names = [message.name for message in messages]
         try:
-            failures = self.queue._publish(by_name)
+            failures = self.queue._publish(names)
         except BaseException:  # an interrupt; what it kept from being moved must be
-            self.queue._publish(by_name)
+            self.queue._publish(names)
             raise
-        for name, error in failures.items():
-            path = self.queue._path("tmp", name)
+        for message in [message for message in messages if message.name in failures]:
+            path = self.queue._path("tmp", message.name)
             with contextlib.suppress(OSError):
                 os.utime(path, (time.time() + 366 * 86400,) * 2)  # no litter for a year
             _log.critical("committed mail is stuck: move %s to new/ by hand", path)
-            reply = Reply(554, f"5.3.0 stuck in {path}: {_reason(error)}")
-            yield from _events(by_name[name], "failed", dict.fromkeys(by_name[name].toaddrs, reply))
+            reply = Reply(554, f"5.3.0 stuck in {path}: {_reason(failures[message.name])}")
+            messages.remove(message)
+            yield from _events(message, "failed", dict.fromkeys(message.toaddrs, reply))
 
 
 class QueuedMailDelivery(_Delivery):
@@ -1220,7 +1192,7 @@ class QueuedMailDelivery(_Delivery):
     def __init__(self, queue: _Queue, transaction_manager: Any = None) -> None:
         super().__init__(queue, transaction_manager)
 
-    def _finish(self, messages: Sequence[_Message]) -> Iterator[MailEvent]:
+    def _finish(self, messages: list[_Message]) -> Iterator[MailEvent]:
         yield from super()._finish(messages)
         self.queue._wake()
 
@@ -1237,53 +1209,44 @@ class DirectMailDelivery(_Delivery):
         super().__init__(fallback, transaction_manager)
         self._mailer = mailer
 
-    def _finish(self, messages: Sequence[_Message]) -> Iterator[MailEvent]:
-        left = list(messages)
-        if self.queue:  # first of all they are queued, in case this process dies
-            for event in super()._finish(messages):
-                left = [message for message in left if message.message_id != event.message_id]
-                yield event
-        claims: dict[str, _Claim] = {}
+    def _finish(self, messages: list[_Message]) -> Iterator[MailEvent]:
+        yield from super()._finish(messages) if self.queue else ()  # first of all, in case this process dies
+        claims: list[_Claim | None] = []
         try:
             with _connected(self._mailer):
-                while batch := left[:_CLAIMS_AT_ONCE]:
-                    claims = self._claim(batch)
-                    for message in batch:
-                        for event in self._attempt(message, claims.get(message.name)):
-                            others = tuple(a for a in left[0].toaddrs if a not in event.toaddrs)
-                            left[0] = message._replace(toaddrs=others)
-                            yield event
-                        del left[0]
+                for index, message in enumerate(messages):
+                    if not claims:  # several, before the first of them is sent
+                        claims.extend(map(self._claim, messages[index : index + _AT_ONCE]))
+                    for event in self._attempt(message, claims.pop(0)):
+                        message.toaddrs = tuple(a for a in message.toaddrs if a not in event.toaddrs)
+                        yield event
+                    message.toaddrs = ()
         except RelayUnavailable as error:
             outcome, reply = "deferred" if self.queue else "failed", Reply(451, f"4.4.1 {error}")
-            for message in left:
+            for message in messages:
                 yield from _events(message, outcome, dict.fromkeys(message.toaddrs, reply), time.time())
         finally:
-            for claim in claims.values():
+            for claim in filter(None, claims):
                 claim.let_go()
         if self.queue:
             self.queue._wake()
 
-    def _claim(self, messages: Iterable[_Message]) -> dict[str, _Claim]:
-        """Claim what is queued, all before the first is sent."""
-        claims = {}
-        for message in messages if self.queue else ():
-            with contextlib.suppress(OSError):  # a processor has it, or will
-                claims[message.name] = self.queue._claim("new", message.name)
-        return {name: claim for name, claim in claims.items() if claim}
+    def _claim(self, message: _Message) -> _Claim | None:
+        with contextlib.suppress(OSError):  # a processor has it, or will
+            return self.queue and self.queue._claim("new", message.name)  # type: ignore[no-any-return]
+        return None
 
     def _attempt(self, message: _Message, claim: _Claim | None) -> Iterator[MailEvent]:
         """Make the one attempt.  May raise `RelayUnavailable`."""
-        yield from _Courier(self._mailer).deliver(claim) if claim else ()
-        for group in () if self.queue else _groups(message.toaddrs):
-            replies = _ask(self._mailer, message.fromaddr, group, message.content)
+        if self.queue:
+            yield from _Courier(self._mailer).deliver(claim) if claim else ()
+            return
+        toaddrs = message.toaddrs
+        for start in range(0, len(toaddrs), _GROUP):
+            replies = _ask(self._mailer, message.fromaddr, toaddrs[start : start + _GROUP], message.content)
             sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
             yield from _events(message, "sent", sent)
             yield from _events(message, "failed", {a: replies[a] for a in replies if a not in sent})  # no later here
-
-
-def _maildir(queue: _Queue) -> Maildir:
-    return queue if isinstance(queue, Maildir) else Maildir(queue)
 
 
 # ------------------------------------------------------------------------------------------------ processor
@@ -1292,7 +1255,6 @@ def _maildir(queue: _Queue) -> Maildir:
 @dataclasses.dataclass
 class _Counts:
     """What a pass did, in messages; `outage` is why it ended early."""
-
     sent: int = 0
     deferred: int = 0
     failed: int = 0
@@ -1302,7 +1264,6 @@ class _Counts:
 
 class _Listing(NamedTuple):
     """What is known of a directory since it was listed, so that an idle pass costs a `stat`, however deep the queue."""
-
     mtime: int = -1
     listed: float = 0.0
     valid_until: float = 0.0  # if the directory does not change
@@ -1323,7 +1284,8 @@ class QueueProcessorThread(threading.Thread):
         max_age: float = _MAX_AGE, soft_bounce: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(name="sendmail", daemon=True)
-        self._queue, self._mailer, self._interval = _maildir(queue), mailer, interval
+        self._queue = queue if isinstance(queue, Maildir) else Maildir(queue)
+        self._mailer, self._interval = mailer, interval
         self._batch, self._workers, self._max_age, self._soft_bounce = batch, workers, max_age, soft_bounce
         self._clock: Callable[[], float] = time.time
         self._counting = threading.Lock()
@@ -1383,42 +1345,42 @@ class QueueProcessorThread(threading.Thread):
         A message counts under each that befell one of its recipients.  If the relay is unavailable, the pass ends, and
         `outage` says why.  Raise `OSError` if the queue can't be read.
         """
-        counts = _Counts()
+        courier = _Courier(self._mailer, self._clock, self._max_age, self._soft_bounce)
         if self._clock() >= self._next_cleaning:
             self._next_cleaning = self._clock() + 3600
             self._queue._clean(self._clock())
-        courier = _Courier(self._mailer, self._clock, self._max_age, self._soft_bounce)
-        for stuck in [claim for claim in tuple(_Claim.open) if claim.stuck]:
-            for event in courier.deliver(stuck):
-                notify(event)
-        for name in self._look("cur"):
-            try:
-                claim = self._queue._claim("cur", name)
-                if claim:  # it was abandoned
-                    claim.release()
-                    claim.close()
-                    counts.left -= 1  # for it counts among the new
-            except OSError as error:
-                self._leave("cur", name, error)
+        counts = _Counts(left=-self._recover(courier))  # for what it releases counts among the new
         due = self._look("new")[: self._batch][::-1]  # for pop()
         counts.left += sum(listing.size for listing in self._listings.values())
-        helpers = [threading.Thread(target=self._help, args=(courier, due, counts), daemon=True)
-                   for _ in range(min(self._workers, len(due)) - 1)]  # fmt: skip
         try:
             if due and not self._stopping:
-                with _connected(self._mailer):  # before any claim, and before the helpers
+                helpers = concurrent.futures.ThreadPoolExecutor(self._workers)
+                with _connected(self._mailer), helpers:  # before any claim, and before the helpers
                     with contextlib.suppress(RuntimeError):  # no more threads, as at interpreter exit
-                        for helper in helpers:
-                            helper.start()
+                        for _ in range(min(self._workers, len(due)) - 1):
+                            helpers.submit(self._help, courier, due, counts)
                     self._work(courier, due, counts)
-                    for helper in helpers:
-                        if helper.ident:
-                            helper.join()
         except RelayUnavailable as error:
             counts.outage = error
         if counts.outage:
             _log.warning("relay unavailable, %d left in the queue: %s", counts.left, _reason(counts.outage))
         return counts
+
+    def _recover(self, courier: _Courier) -> int:
+        """Release what stands in cur/ and was abandoned by a process that died; return how many that is."""
+        for claim in [claim for claim in tuple(_Claim.open) if claim.owed is not None]:
+            for event in courier.deliver(claim):
+                notify(event)
+        released = 0
+        for name in self._look("cur"):
+            try:
+                if abandoned := self._queue._claim("cur", name):
+                    abandoned.release()
+                    abandoned.close()
+                    released += 1
+            except OSError as error:
+                self._leave("cur", name, error)
+        return released
 
     def _look(self, directory: str) -> list[str]:
         """Return what is due in *directory*, in order of arrival: [], without listing it, if nothing can have changed.
@@ -1429,14 +1391,12 @@ class QueueProcessorThread(threading.Thread):
         known = self._listings[directory]
         if mtime == known.mtime and known.listed <= now < known.valid_until:
             return []
-        names = self._queue._names(directory)
-        times = {name: _due_time(name, now) for name in names}
-        times.update((name, self._not_before[name]) for name in self._not_before.keys() & times)
-        due = [name for name, when in times.items() if when <= now]
-        next_due = min((when for when in times.values() if when > now), default=math.inf)
-        quiet = not due and now - mtime / 1e9 > 2
-        self._listings[directory] = _Listing(mtime, now, next_due if quiet else 0.0, len(names))
-        return sorted(due, key=lambda name: (name in self._suspects, name))
+        due, waiting, next_due = _schedule(self._queue._names(directory), now)
+        held = {name: self._not_before[name] for name in due if self._not_before.get(name, 0.0) > now}
+        quiet = len(due) == len(held) and now - mtime / 1e9 > 2
+        valid_until = min([next_due, *held.values()]) if quiet else 0.0
+        self._listings[directory] = _Listing(mtime, now, valid_until, len(due) + waiting)
+        return sorted(set(due) - held.keys(), key=lambda name: (name in self._suspects, name))
 
     def _help(self, courier: _Courier, due: list[str], counts: _Counts) -> None:
         """Work over one more connection; if there is none to be had, the first goes on alone."""
@@ -1509,12 +1469,11 @@ not end the message; -f, -r SENDER: envelope sender (default: you; <> is none); 
 exit status: 0 done, even if messages were deferred or given up; 64 usage; 65 bad message; 73 no queue;
 74 input or output error; 75 relay unavailable
 """
-_NUMBERS: dict[str, type] = {"interval": float, "batch": int, "workers": int, "max-age": float, "port": int,
-                             "timeout": float}  # fmt: skip
-_OPTIONS = [*(f"{name}=" for name in (*_NUMBERS, "maildir", "hostname", "username", "password-file", "auth", "domain")),
-            "soft-bounce", "print", "no-tls", "force-tls", "implicit-tls", "verbose", "list", "json", "requeue", "help",
-            "version"]  # fmt: skip
+# what --help says is what there is: the name of each option, and of its value
+_OPTIONS = dict(re.findall(r"--([a-z-]+)(?: ([A-Z]+))?", _HELP))
+_NUMBERS = {"SECONDS": float, "DAYS": float, "N": int, "PORT": int}
 _SENDMAIL_OPTIONS = "A:B:C:F:GIL:N:O:R:UV:X:b:ce:f:h:imno:p:r:tv"  # Postfix's; -q is not getopt's kind
+_TIMES, _SIZES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")), ((10**6, "MB"), (1000, "kB"), (1, "B"))
 _ERASE = "\r\x1b[K"  # the line on a terminal
 _USAGE, _DATAERR, _CANTCREAT, _IOERR, _TEMPFAIL = 64, 65, 73, 74, 75  # sysexits(3)
 
@@ -1525,25 +1484,25 @@ class _Exit(Exception):
 
 def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Return our options, those of sendmail(8), and the operands."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    runs = [arg for arg in argv[:end] if arg.startswith("-q")]  # only an attached value is one
-    argv, end = [arg for arg in argv[:end] if arg not in runs] + argv[end:], end - len(runs)
+    runs = [arg for arg in itertools.takewhile(lambda arg: arg != "--", argv) if arg.startswith("-q")]
+    for run in runs:  # only an attached value is one
+        argv.remove(run)
     try:
-        pairs, operands = getopt.gnu_getopt(argv, _SENDMAIL_OPTIONS, _OPTIONS)
+        known = [name + "=" * bool(value) for name, value in _OPTIONS.items()]
+        pairs, operands = getopt.gnu_getopt(argv, _SENDMAIL_OPTIONS, known)
     except getopt.GetoptError as error:
         raise _Exit(_USAGE, f"{error}; see --help") from None
-    ours: dict[str, Any] = {option[2:]: value for option, value in pairs if option[:2] == "--"}
-    theirs = {option + value * (option in ("-o", "-b")): value for option, value in pairs if option[:2] != "--"}
-    for name in ours.keys() & _NUMBERS:
-        try:
-            ours[name] = _NUMBERS[name](text := ours[name])
-        except ValueError:
-            ours[name] = 0
-        if not 0 < ours[name] < 1e9:
-            raise _Exit(_USAGE, f"--{name} takes a positive {_NUMBERS[name].__name__}, not {text!r}")
-    if theirs.pop("-bp", None) is not None:
-        ours["list"] = ""
-    theirs.update(dict.fromkeys(runs + argv[end:][:1], ""))
+    ours: dict[str, Any] = {name[2:]: value if _OPTIONS[name[2:]] else True for name, value in pairs if name[1] == "-"}
+    theirs = {option + value * (option in ("-o", "-b")): value for option, value in pairs if option[1] != "-"}
+    theirs.update(dict.fromkeys([*runs, *("--" for arg in argv if arg == "--")], ""))
+    for name, text in ours.items():
+        if kind := _NUMBERS.get(_OPTIONS[name]):
+            with contextlib.suppress(ValueError):
+                ours[name] = kind(text)
+            if not (isinstance(ours[name], kind) and 0 < ours[name] < 1e9):
+                raise _Exit(_USAGE, f"--{name} takes a positive {kind.__name__}, not {text!r}")
+    if "-bp" in theirs:
+        ours["list"] = theirs.pop("-bp")
     modes = sum(name in ours for name in ("list", "requeue")) + bool(theirs) + ("interval" in ours or "print" in ours)
     if modes > 1 or ("json" in ours and "list" not in ours) or (operands and "list" in ours):
         raise _Exit(_USAGE, "these options do not go together; see --help")
@@ -1562,12 +1521,11 @@ def _mailer(options: Mapping[str, Any]) -> Mailer:
         with open(options["password-file"], encoding="utf-8") as file:
             return file.readline().rstrip("\r\n")
 
-    has_password = "password-file" in options or ("username" in options and "SENDMAIL_PASSWORD" in os.environ)
-    return SMTPMailer(
-        options.get("hostname", "localhost"), options.get("port", 25), options.get("username"),
-        password if has_password else None, "no-tls" in options, "force-tls" in options, "implicit-tls" in options,
-        auth=options.get("auth"), timeout=options.get("timeout", 60),
-    )  # fmt: skip
+    names = ("hostname", "port", "username", "auth", "timeout", "no-tls", "force-tls", "implicit-tls")
+    settings: Any = {name.replace("-", "_"): options[name] for name in names if name in options}
+    if "password-file" in options or ("username" in options and "SENDMAIL_PASSWORD" in os.environ):
+        settings["password"] = password
+    return SMTPMailer(**settings)
 
 
 def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
@@ -1585,7 +1543,7 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
         signal.signal(signum, signal.SIG_DFL)
         processor.stop()
 
-    seen, total = set(), len(queue._names("new")) + len(queue._names("cur"))
+    seen, total = set(), sum(1 for _ in _all(queue, "new", "cur"))
 
     def progress(event: MailEvent) -> None:
         seen.add(event.message_id)
@@ -1607,12 +1565,6 @@ def _addresses(text: str, domain: str) -> list[str]:
     """Return the addresses in *text*, completed with *domain*; what is none as it is, to be refused."""
     found = _parse_addresses(text) if text.isprintable() else ()
     return [address if "@" in address else f"{address}@{domain}" for address in found] or [text]
-
-
-def _say(text: str) -> None:
-    if sys.stdout is None:
-        raise OSError("standard output is closed")
-    print(text, flush=True)
 
 
 def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str], operands: Iterable[str]) -> None:
@@ -1651,23 +1603,26 @@ def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str]
     queue.add(sender, recipients, message)
 
 
-def _human(number: float, *units: tuple[int, str]) -> str:
+def _human(number: float, units: Sequence[tuple[int, str]]) -> str:
+    """Return *number* in the largest of *units* that it fills."""
     size, unit = next((unit for unit in units if number >= unit[0]), units[-1])
     return f"{number / size:.0f} {unit}"
 
 
-def _age(seconds: float) -> str:
-    return _human(seconds, (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+def _all(queue: Maildir, *directories: str) -> Iterator[tuple[str, str]]:
+    """Yield directory and name of all that stands in *directories*, so far as these exist."""
+    for directory in directories:
+        with contextlib.suppress(FileNotFoundError):
+            yield from [(directory, name) for name in sorted(queue._names(directory))]
 
 
 def _entries(queue: Maildir) -> Iterator[dict[str, Any]]:
     """Yield what there is to show of each message."""
     now = time.time()
-    for directory, name in queue._all("cur", "new", ".failed/new", ".failed/cur"):
+    for directory, name in _all(queue, "cur", "new", ".failed/new", ".failed/cur"):
         try:
-            claim = queue._lock(directory, name) if directory == "cur" else _Claim(queue, directory, name)
-            state = "sending" if claim is None else "failed" if directory[0] == "." else "due"
-            claim = claim or _Claim(queue, directory, name)
+            locked = directory == "cur" and queue._lock(directory, name)
+            claim = locked or _Claim(queue, directory, name)
         except OSError:  # gone by now, or no message
             continue
         with contextlib.closing(claim):
@@ -1675,37 +1630,50 @@ def _entries(queue: Maildir) -> Iterator[dict[str, Any]]:
                 continue
             with contextlib.suppress(ValueError):
                 claim.read()
-            due = _due_time(name, now)
+            state = "failed" if directory[0] == "." else "sending" if locked is None else "due"
+            deferred = directory == "new" and not _schedule([name], now)[0]
             yield {
-                "name": name, "state": "deferred" if state == "due" and due > now else state, "age": claim.age(now),
+                "name": name, "state": "deferred" if deferred else state, "age": claim.age(now),
                 "size": os.fstat(claim.fd).st_size, "sender": claim.fromaddr, "recipients": claim.toaddrs,
-                "due": due or None, "error": claim.error if claim.toaddrs else "no readable envelope",
+                "due": float(name[-10:]) if deferred else None,
+                "error": claim.error if claim.toaddrs else "no readable envelope",
             }  # fmt: skip
 
 
-def _list(queue: Maildir) -> None:
-    """Show the queue, for eyes."""
-    width = os.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 1 << 30
+def _table(queue: Maildir) -> Iterator[str]:
+    """Yield the lines that show the queue, for eyes."""
     entries = list(_entries(queue))
     longest = max((len(entry["name"]) for entry in entries), default=0)
-    states = [entry["state"] for entry in entries]
     for entry in entries:
-        size = _human(entry["size"], (10**6, "MB"), (1000, "kB"), (1, "B"))
-        wait = f" for {_age(entry['due'] - time.time())}" if entry["state"] == "deferred" else ""
-        text = (f"{entry['name']:{longest}}  {_age(entry['age']):>6}  {size:>6}  {entry['state']}{wait}",
-                f"    <{entry['sender']}> to {', '.join(entry['recipients'])}", f"    {entry['error']}")  # fmt: skip
-        for line in text:
-            if line.strip():
-                line = "".join(c if c.isprintable() else "?" for c in line)
-                _say(line if len(line) <= width else f"{line[: width - 1]}…")
+        wait = f" for {_human(entry['due'] - time.time(), _TIMES)}" if entry["state"] == "deferred" else ""
+        age, size = _human(entry["age"], _TIMES), _human(entry["size"], _SIZES)
+        yield f"{entry['name']:{longest}}  {age:>6}  {size:>6}  {entry['state']}{wait}"
+        yield f"    <{entry['sender']}> to {', '.join(entry['recipients'])}"
+        if entry["error"]:
+            yield f"    {entry['error']}"
+    states = [entry["state"] for entry in entries]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none"
-    _say(f"messages: {counts}; oldest: {_age(max((entry['age'] for entry in entries), default=0))}"[:width])
+    yield f"messages: {counts}; oldest: {_human(max((entry['age'] for entry in entries), default=0), _TIMES)}"
+
+
+def _fit(line: str) -> str:
+    """Return *line*, parts of which others wrote, printable and no wider than the terminal."""
+    line = "".join(c if c.isprintable() else "?" for c in line)
+    width = os.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else len(line)
+    return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
+def _show(lines: Iterable[str]) -> None:
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    for line in lines:
+        print(line, flush=True)
 
 
 def _requeue(queue: Maildir, names: Sequence[str]) -> None:
     """Make failed and deferred messages due, all or those called *names*."""
     missing = set(names)
-    for directory, name in queue._all("new", ".failed/new", ".failed/cur"):
+    for directory, name in _all(queue, "new", ".failed/new", ".failed/cur"):
         claim = None
         if name in missing or (not names and (directory != "new" or _DUE.search(name))):
             claim = queue._lock(directory, name)
@@ -1722,8 +1690,7 @@ def _requeue(queue: Maildir, names: Sequence[str]) -> None:
 def _run(argv: list[str]) -> None:
     options, flags, operands = _parse(argv)
     if "help" in options or "version" in options:
-        _say(_HELP.rstrip() if "help" in options else f"sendmail.py {__version__}")
-        return
+        return _show([_HELP.rstrip() if "help" in options else f"sendmail.py {__version__}"])
     _log.setLevel(logging.INFO if "verbose" in options else logging.WARNING)
     path = options.get("maildir") or os.environ.get("SENDMAIL_MAILDIR")
     if not path:
@@ -1733,10 +1700,9 @@ def _run(argv: list[str]) -> None:
     except (OSError, ValueError) as error:
         raise _Exit(_CANTCREAT, _reason(error)) from None
     if "json" in options:
-        for entry in _entries(queue):
-            _say(json.dumps(entry))
+        _show(map(json.dumps, _entries(queue)))
     elif "list" in options:
-        _list(queue)
+        _show(map(_fit, _table(queue)))
     elif "requeue" in options:
         _requeue(queue, operands)
     elif flags or operands:
