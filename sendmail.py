@@ -982,13 +982,13 @@ def _events(
     message: _Message | _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0, details: str = ""
 ) -> Iterator[MailEvent]:
     """Yield the events that tell of *outcome*, after logging it: one for all recipients that have the same reply."""
+    level = logging.ERROR if outcome == "failed" else logging.INFO
     for reply in dict.fromkeys(replies.values()):
         about = (message.message_id, message.fromaddr, tuple(a for a in replies if replies[a] == reply), str(reply))
-        _log.log(
-            logging.ERROR if outcome == "failed" else logging.INFO,
-            "%s message-id=<%s> from=<%s> to=<%s>%s reply=%s", outcome, *about[:2], ">,<".join(about[2]), details,
-            json.dumps(about[3], ensure_ascii=False),
-        )  # fmt: skip
+        if _log.isEnabledFor(level):
+            line = "%s message-id=<%s> from=<%s> to=<%s>%s reply=%s"
+            quoted = json.dumps(about[3], ensure_ascii=False)
+            _log.log(level, line, outcome, *about[:2], ">,<".join(about[2]), details, quoted)
         if outcome == "sent":
             yield MailSentEvent(*about)
         elif outcome == "failed":
