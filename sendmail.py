@@ -776,7 +776,7 @@ class Maildir:
                     trigger.write(b"\0")
 
     def _open_trigger(self) -> list[int]:
-        """Return the FIFO that `_publish` writes to, or [] if there is none; both ends, or its end could be read."""
+        """Return the FIFO that `_wake` writes to, [] if there is none; both its ends, or it would be at its end."""
         path = self._path("trigger")
         with contextlib.suppress(OSError):
             if not os.path.lexists(path):
@@ -1354,12 +1354,15 @@ class QueueProcessorThread(threading.Thread):
         counts.left += sum(listing.size for listing in self._listings.values())
         try:
             if due and not self._stopping:
-                helpers = concurrent.futures.ThreadPoolExecutor(self._workers)
-                with _connected(self._mailer), helpers:  # before any claim, and before the helpers
+                with _connected(self._mailer):  # before any claim, and before the helpers
+                    helpers = [threading.Thread(target=self._help, args=(courier, due, counts), daemon=True)
+                               for _ in range(min(self._workers, len(due)) - 1)]  # fmt: skip
                     with contextlib.suppress(RuntimeError):  # no more threads, as at interpreter exit
-                        for _ in range(min(self._workers, len(due)) - 1):
-                            helpers.submit(self._help, courier, due, counts)
+                        for helper in helpers:
+                            helper.start()
                     self._work(courier, due, counts)
+                    for helper in [helper for helper in helpers if helper.ident]:
+                        helper.join()
         except RelayUnavailable as error:
             counts.outage = error
         if counts.outage:

@@ -2472,7 +2472,8 @@ def test_max_age_gives_up_on_an_answer_of_the_messages_own(
 
 RUNNING = """
 import sys, sendmail
-processor = sendmail.QueueProcessorThread(sys.argv[1], sendmail.SMTPMailer("127.0.0.1", int(sys.argv[2])), 0.05)
+mailer = sendmail.SMTPMailer("127.0.0.1", int(sys.argv[2]))
+processor = sendmail.QueueProcessorThread(sys.argv[1], mailer, 0.05, workers=int(sys.argv[3]))
 stop = processor.stop
 processor.stop = lambda: (stop(), print("stopping", flush=True))
 processor.start()
@@ -2480,20 +2481,21 @@ input()
 """
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "exit", "stop()"])
 def test_stopping_finishes_the_message_in_hand_and_starts_no_other(
-    queue: Maildir, sink: Sink, background: Any, how: str
+    queue: Maildir, sink: Sink, background: Any, how: str, workers: int
 ) -> None:
-    for number in range(3):
+    for number in range(5):
         queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
     sink.gate.clear()
     if how.startswith("SIG"):
-        process = background(*processor_command(queue, sink.port, "--interval", 0.05))
+        process = background(*processor_command(queue, sink.port, "--interval", 0.05, "--workers", workers))
     else:
         code = RUNNING + "processor.stop(); processor.join()" * (how == "stop()")
-        process = background(sys.executable, "-c", code, queue.path, sink.port, cwd=MODULE.parent,
+        process = background(sys.executable, "-c", code, queue.path, sink.port, workers, cwd=MODULE.parent,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    wait_until(lambda: sink.taken)
+    wait_until(lambda: len(sink.taken) == workers)
     if how.startswith("SIG"):
         process.send_signal(getattr(signal, how))
     else:
@@ -2503,9 +2505,9 @@ def test_stopping_finishes_the_message_in_hand_and_starts_no_other(
     assert process.poll() is None
     sink.gate.set()
     assert process.wait(20) == 0
-    assert sink.recipients() == ["0@x.org"]
+    assert sorted(sink.recipients()) == ["0@x.org", "1@x.org"][:workers]
     state_left = state(queue)
-    assert list(state_left) == ["new"] and len(state_left["new"]) == 2
+    assert list(state_left) == ["new"] and len(state_left["new"]) == 5 - workers
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
