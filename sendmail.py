@@ -1546,7 +1546,7 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
         signal.signal(signum, signal.SIG_DFL)
         processor.stop()
 
-    seen, total = set(), sum(1 for _ in _all(queue, "new", "cur"))
+    seen, total = set(), 0
 
     def progress(event: MailEvent) -> None:
         seen.add(event.message_id)
@@ -1558,6 +1558,7 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
         if "interval" in options:
             return processor.run()
         if sys.stderr and sys.stderr.isatty() and "verbose" not in options:
+            total = sum(1 for _ in _all(queue, "new", "cur"))
             undo.callback(print, _ERASE, end="", file=sys.stderr)
             undo.callback(unsubscribe, subscribe(progress))
         if processor.process().outage:  # which the log has told
