@@ -1350,7 +1350,8 @@ class QueueProcessorThread(threading.Thread):
             self._next_cleaning = self._clock() + 3600
             self._queue._clean(self._clock())
         counts = _Counts(left=-self._recover(courier))  # for what it releases counts among the new
-        due = self._look("new")[: self._batch][::-1]  # for pop()
+        due = self._look("new")[: self._batch]
+        due.reverse()  # for pop()
         counts.left += sum(listing.size for listing in self._listings.values())
         try:
             if due and not self._stopping:
@@ -1399,7 +1400,7 @@ class QueueProcessorThread(threading.Thread):
         quiet = len(due) == len(held) and now - mtime / 1e9 > 2
         valid_until = min([next_due, *held.values()]) if quiet else 0.0
         self._listings[directory] = _Listing(mtime, now, valid_until, len(due) + waiting)
-        return sorted(set(due) - held.keys(), key=lambda name: (name in self._suspects, name))
+        return sorted(sorted(name for name in due if name not in held), key=self._suspects.__contains__)
 
     def _help(self, courier: _Courier, due: list[str], counts: _Counts) -> None:
         """Work over one more connection; if there is none to be had, the first goes on alone."""
