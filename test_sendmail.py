@@ -2471,6 +2471,22 @@ def test_the_trigger_is_opened_through_no_link(queue: Maildir, tmp_path: pathlib
     assert (tmp_path / "precious").read_bytes() == b""
 
 
+@pytest.mark.parametrize("make", [pathlib.Path.touch, pathlib.Path.mkdir])
+def test_a_trigger_that_is_no_fifo_is_ignored(queue: Maildir, relay: Relay, make: Any) -> None:
+    make(pathlib.Path(queue.path, "trigger"))
+    processor, passes = QueueProcessorThread(queue, relay.mailer(), 3600), []
+    make_pass, processor.process = processor.process, lambda: (passes.append(make_pass()), passes[-1])[1]
+    processor.start()
+    wait_until(lambda: passes)
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    processor.stop()
+    processor.join(20)
+    assert not processor.is_alive() and len(passes) == 1  # it neither woke nor span
+    assert make_pass().sent == 1
+    trigger = pathlib.Path(queue.path, "trigger")
+    assert trigger.is_dir() or trigger.read_bytes() == b""
+
+
 @pytest.mark.parametrize("broken", [
     b"", b"\n", b"X-Zope-From: a@x.org\n", b"X-Zope-From: a@x.org\nX-Zope-To: \n\nbody", b"Subject: x\n\nbody\n",
     b"X-Zope-To: b@x.org\nX-Zope-From: a@x.org\n\nx", b"\xff\xfe\x00" * 1000,
@@ -3588,6 +3604,48 @@ def test_a_full_disk_is_an_error_of_send_and_leaves_nothing_behind(kind, small_d
     with transaction.manager:
         delivery.send(SENDER, ANN, a_message("fits") + 300 * line)
     assert delivered(queue, relay) == ["fits"]
+
+
+def test_guarantee_5_on_a_full_disk_the_list_is_shortened_in_place_and_nobody_gets_it_twice(small_disk, relay, events):
+    queue = Maildir(small_disk / "queue")
+    queue.add(SENDER, [ANN, BOB], MESSAGE)
+    with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(1024))
+    relay.refusals[BOB] = "450 4.2.1 busy"
+    for hours in range(4):
+        if hours == 3:
+            relay.refusals.clear()
+        processor = QueueProcessorThread(queue, relay.mailer())
+        processor._clock = lambda ahead=hours * 3601.0: time.time() + ahead
+        processor.process()
+        assert [file.split(b"\n", 2)[1].rstrip() for file in content(queue)] == [b"X-Zope-To: bob@example.com"][hours // 3:]
+    assert [message.recipients for message in relay.received] == [[ANN], [BOB]]
+    assert [event.toaddrs for event in events if isinstance(event, MailSentEvent)] == [(ANN,), (BOB,)]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_can_not_be_noted_now_is_noted_later_and_not_sent_again(queue, relay, events, monkeypatch, refused):
+    def broken(*_arguments):
+        raise OSError(errno.EIO, "broken")
+
+    queue.add(SENDER, [ANN, BOB], MESSAGE)
+    relay.refusals.update({BOB: "450 4.2.1 busy"} if refused else {})
+    processors = [QueueProcessorThread(queue, relay.mailer()) for _ in range(2)]
+    with monkeypatch.context() as patch:  # no real disk fails between the two calls of one process
+        for call in ("unlink", "pwrite", "fsync"):
+            patch.setattr(os, call, broken)
+        for processor in processors * 2:
+            processor.process()
+    assert list(state(queue)) == (["tmp", "cur"] if refused else ["cur"])
+    assert [message.recipients for message in relay.received] == [[ANN] if refused else [ANN, BOB]] and events == []
+    processors[0].process()
+    assert len(relay.received) == 1 and len([event for event in events if isinstance(event, MailSentEvent)]) == 1
+    relay.refusals.clear()
+    processors[0]._clock = lambda: time.time() + 3600.0
+    processors[0].process()
+    assert [message.recipients for message in relay.received] == ([[ANN], [BOB]] if refused else [[ANN, BOB]])
+    assert state(queue).keys() <= {"tmp"}  # litter
 
 
 @pytest.mark.parametrize("count", [1, 3, 20])
