@@ -18,7 +18,7 @@ Words
     relay       the SMTP server that takes our messages
     reply       what the relay says of one recipient: sent (2xx), deferred (4xx, try later) or failed (5xx, give up)
     claim       the right to send, move or unlink a message: an exclusive flock on its file
-    pass        one walk of a processor through all that is due
+    pass        one walk of a processor through what is due
 
 States: the directory is the state, the name is the schedule, a rename is the transition, a lock is the life of a claim
     tmp/        being written, uncommitted; older than 36 h: litter
@@ -39,7 +39,7 @@ Guarantees
        it up, at once.  A living processor, however slow its relay, is never robbed.
     4. commit() returning means durable: the file fsynced before its rename, the directory after it.
     5. A changed list of recipients replaces the file atomically, before the message is let go of; once the relay has
-       taken it for some, the file without those is the first thing written (in place, on a disk too full for another).
+       taken it for some, the file without those is the first thing written (in place, where another can't be).
     6. A process that dies causes a duplicate only between the relay's final reply and the unlink (or replacement) that
        follows it; nothing else, no event, no logging, no QUIT, stands between the two.
     7. A queue whose creation was cut short is completed; a directory that is no Maildir is refused, untouched.
@@ -47,8 +47,9 @@ Guarantees
 What can't be guaranteed
     Unlinks are not fsynced: a power cut may repeat the last few messages.  A crash after the copy in .failed/ may try
     its recipients again.  A relay that took a message and died before saying so gets it twice.  A process that dies
-    after a database has committed, but before its turn came, leaves the mail in tmp/.  A DirectMailDelivery without a
-    fallback has no queue: what fails, or is under way when the process dies, is lost.
+    after a database has committed, but before its turn came, leaves the mail in tmp/; so does a rename that fails after
+    the commit, and a critical line in the log names the file.  A DirectMailDelivery without a fallback has no queue:
+    what fails, or is under way when the process dies, is lost.
 """
 
 from __future__ import annotations
@@ -697,7 +698,7 @@ class Maildir:
         self._mode = stat.S_IMODE(os.stat(self.path).st_mode)
         if wanted - present:
             self._make_directories(*wanted)
-            _fsync(self.path, os.path.dirname(os.path.abspath(self.path)))
+            _fsync(self._path("."), self._path(".."))  # these, for the path may be a link
 
     def add(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Queue a message durably, without a transaction; return its id.  Arguments and errors: see `send()`."""
@@ -762,7 +763,7 @@ class Maildir:
             except OSError as error:
                 failures[name] = error
         try:
-            _insist(_fsync, self._path(directory))
+            _fsync(self._path(directory))  # once: a second fsync would hide what the first has lost
         except OSError as error:  # they are there, and go out, if the power stays on
             _log.error("cannot make %s durable: %s", self._path(directory), _reason(error))
         return failures
@@ -802,18 +803,22 @@ class Maildir:
                 return claim
         return None
 
-    def _claim(self, directory: str, name: str) -> _Claim | None:
-        """Move a message to cur/, locked.  None and `OSError` as in `_lock`."""
-        claim = self._lock(directory, name)
-        if claim and directory != "cur":
-            claim.move("cur", name)
+    def _claim(self, name: str) -> _Claim | None:
+        """Move a message from new/ to cur/, locked.  None and `OSError` as in `_lock`."""
+        claim = self._lock("new", name)
+        if claim:
+            try:
+                claim.move("cur", name)
+            except BaseException:
+                claim.close()
+                raise
         return claim
 
     def _failed(self) -> str:
         """Return the directory for what is given up, in a Maildir++ folder, made if need be."""
         if not os.path.isdir(self._path(".failed/new")):
             self._make_directories(".failed", ".failed/tmp", ".failed/cur", ".failed/new")
-            _fsync(self._path(".failed"), self.path)
+            _fsync(self._path(".failed"), self._path("."))
         return ".failed/new"
 
     def _clean(self, now: float) -> None:
@@ -831,6 +836,7 @@ class Maildir:
 class _Claim:
     """A message that nobody else may send, move or unlink, for as long as this holds the lock on it."""
     open: ClassVar[set[_Claim]] = set()  # of this process
+    retrying = threading.RLock()  # held while what is owed is tried again, for that belongs to no thread
     fromaddr = error = message_id = ""
     message = b""
     toaddrs: tuple[str, ...] = ()
@@ -938,12 +944,7 @@ class _Claim:
             raise trouble  # and the copy is litter
 
     def move(self, directory: str, name: str) -> None:
-        """Rename it; if that fails, let go of it."""
-        try:
-            os.rename(self.path, self.queue._path(directory, name))
-        except BaseException:
-            self.close()
-            raise
+        os.rename(self.path, self.queue._path(directory, name))
         self.directory, self.name = directory, name
 
     def close(self) -> None:
@@ -1233,7 +1234,7 @@ class DirectMailDelivery(_Delivery):
 
     def _claim(self, message: _Message) -> _Claim | None:
         with contextlib.suppress(OSError):  # a processor has it, or will
-            return self.queue and self.queue._claim("new", message.name)  # type: ignore[no-any-return]
+            return self.queue and self.queue._claim(message.name)  # type: ignore[no-any-return]
         return None
 
     def _attempt(self, message: _Message, claim: _Claim | None) -> Iterator[MailEvent]:
@@ -1310,8 +1311,9 @@ class QueueProcessorThread(threading.Thread):
             os.write(self._bell[1], b"\0")
 
     def _stop_and_join(self) -> None:
-        self.stop()
-        self.join()
+        if self.is_alive():  # or else this is a fork, which shares the bell
+            self.stop()
+            self.join()
 
     def run(self) -> None:
         """Make passes until `stop()`."""
@@ -1372,15 +1374,17 @@ class QueueProcessorThread(threading.Thread):
 
     def _recover(self, courier: _Courier) -> int:
         """Release what stands in cur/ and was abandoned by a process that died; return how many that is."""
-        for claim in [claim for claim in tuple(_Claim.open) if claim.owed is not None]:
-            for event in courier.deliver(claim):
-                notify(event)
+        with _Claim.retrying:
+            owed = [claim for claim in tuple(_Claim.open) if claim.owed is not None]
+            for claim in [claim for claim in owed if claim.queue.path == self._queue.path]:
+                for event in courier.deliver(claim):
+                    notify(event)
         released = 0
         for name in self._look("cur"):
             try:
-                if abandoned := self._queue._claim("cur", name):
-                    abandoned.release()
-                    abandoned.close()
+                if abandoned := self._queue._lock("cur", name):
+                    with contextlib.closing(abandoned):
+                        abandoned.release()
                     released += 1
             except OSError as error:
                 self._leave("cur", name, error)
@@ -1414,14 +1418,15 @@ class QueueProcessorThread(threading.Thread):
                 name = due.pop()
             except IndexError:
                 return
-            kinds = set()
+            kinds: set[type] = set()
             try:
-                claim = self._queue._claim("new", name)
+                claim = self._queue._claim(name)
                 for event in courier.deliver(claim) if claim else ():
                     notify(event)
                     kinds.add(type(event))
             except RelayUnavailable as error:
                 counts.outage = error
+                kinds.add(RelayUnavailable)
                 self._suspects.add(name)
             except Exception as error:
                 self._leave("new", name, error)
@@ -1429,7 +1434,7 @@ class QueueProcessorThread(threading.Thread):
                 counts.sent += MailSentEvent in kinds
                 counts.deferred += MailDeferredEvent in kinds
                 counts.failed += MailErrorEvent in kinds
-                counts.left -= bool(kinds) and MailDeferredEvent not in kinds
+                counts.left -= bool(kinds) and not kinds & {MailDeferredEvent, RelayUnavailable}
 
     def _leave(self, directory: str, name: str, error: Exception) -> None:
         """Leave alone for a while what can't be claimed: in silence, if it is no regular file."""
@@ -1507,8 +1512,9 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
                 raise _Exit(_USAGE, f"--{name} takes a positive {kind.__name__}, not {text!r}")
     if "-bp" in theirs:
         ours["list"] = theirs.pop("-bp")
-    modes = sum(name in ours for name in ("list", "requeue")) + bool(theirs) + ("interval" in ours or "print" in ours)
-    if modes > 1 or ("json" in ours and "list" not in ours) or (operands and "list" in ours):
+    injection = bool(theirs or (operands and "requeue" not in ours))
+    modes = sum(name in ours for name in ("list", "requeue")) + injection + ("interval" in ours or "print" in ours)
+    if modes > 1 or ("json" in ours and "list" not in ours):
         raise _Exit(_USAGE, "these options do not go together; see --help")
     if any(option.startswith("-b") and option != "-bm" for option in theirs):
         raise _Exit(_USAGE, "of -b only -bm and -bp are for this program")
@@ -1681,11 +1687,12 @@ def _requeue(queue: Maildir, names: Sequence[str]) -> None:
     for directory, name in _all(queue, "new", ".failed/new", ".failed/cur"):
         claim = None
         if name in missing or (not names and (directory != "new" or _DUE.search(name))):
-            claim = queue._lock(directory, name)
+            with contextlib.suppress(OSError):  # no message
+                claim = queue._lock(directory, name)
         if claim:
+            with contextlib.closing(claim):
+                claim.requeue()
             missing.discard(name)
-            claim.requeue()
-            claim.close()
     queue._publish([])
     queue._wake()
     if missing:
