@@ -2471,6 +2471,61 @@ def test_the_trigger_is_opened_through_no_link(queue: Maildir, tmp_path: pathlib
     assert (tmp_path / "precious").read_bytes() == b""
 
 
+def test_the_exit_of_a_forked_child_neither_stops_nor_wakes_the_processor(queue: Maildir) -> None:
+    code = """
+import os, sys, sendmail
+processor = sendmail.QueueProcessorThread(sys.argv[1], sendmail.StreamMailer(), 3600)
+passes, make_pass = [], processor.process
+processor.process = lambda: (passes.append(1), make_pass())[1]
+processor.start()
+while not passes: pass
+if not os.fork():
+    sys.exit()
+os.wait()
+sendmail.Maildir(sys.argv[1]).add("app@x.org", "ann@x.org", "")
+while len(passes) < 2: pass
+processor.stop()
+processor.join()
+print(len(passes), file=sys.stderr)
+"""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code, queue.path], cwd=MODULE.parent, capture_output=True,
+                         timeout=60, check=False)
+    assert (ran.stderr, state(queue)) == (b"2\n", {})
+
+
+def test_a_queue_behind_a_link_is_made_and_gives_up_at_once(tmp_path: pathlib.Path, relay: Relay) -> None:
+    (tmp_path / "real" / "q").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "q").symlink_to(tmp_path / "real" / "q")
+    relay.data_reply = "550 5.7.1 no"
+    for path in (tmp_path / "link" / "other", tmp_path / "q"):
+        queue = Maildir(path)
+        queue.add("app@x.org", "ann@x.org", MESSAGE)
+        assert QueueProcessorThread(queue, relay.mailer()).process().failed == 1
+        assert list(state(queue)) == [".failed/new"]
+
+
+def test_what_an_outage_interrupts_counts_as_left(queue: Maildir, relay: Relay) -> None:
+    class Mailer:
+        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
+            if "100@x.org" in toaddrs:
+                raise RelayUnavailable("gone")
+
+    queue.add("app@x.org", [f"{number}@x.org" for number in range(150)], MESSAGE)
+    counts = QueueProcessorThread(queue, Mailer()).process()
+    assert (counts.sent, counts.left) == (1, 1) and list(state(queue)) == ["new"]
+
+
+def test_requeue_passes_over_what_is_no_message(queue: Maildir, relay: Relay) -> None:
+    relay.data_reply = "550 5.7.1 no"
+    queue.add("app@x.org", "ann@x.org", MESSAGE)
+    QueueProcessorThread(queue, relay.mailer()).process()
+    pathlib.Path(queue.path, ".failed/new/0").mkdir()
+    pathlib.Path(queue.path, ".failed/new/1").symlink_to("nowhere")
+    assert sendmail.main(["--maildir", queue.path, "--requeue"]) == 0
+    assert len(state(queue)["new"]) == 1
+
+
 @pytest.mark.parametrize("make", [pathlib.Path.touch, pathlib.Path.mkdir])
 def test_a_trigger_that_is_no_fifo_is_ignored(queue: Maildir, relay: Relay, make: Any) -> None:
     make(pathlib.Path(queue.path, "trigger"))
@@ -4635,6 +4690,7 @@ BAD_INPUT = {
     "no-recipients-in-headers": ("--maildir {q} -t", MESSAGE, 65),
     "bad-recipient": ("--maildir {q} ann@", MESSAGE, 65),
     "bad-recipient-in-headers": ("--maildir {q} -t", b"To: <ann@example.com@>, bob@\n" + MESSAGE, 65),
+    "interval-and-recipient": ("--maildir {q} --interval 60 ann@example.com", MESSAGE, 64),
     "recipient-with-line-break": ("--maildir {q} 'ann@example.com\nBcc: eve@example.com'", MESSAGE, 65),
     "recipient-not-in-utf-8": ("--maildir {q} ann\udcff@example.com", MESSAGE, 65),
     "empty-recipient": ("--maildir {q} ''", MESSAGE, 65),
