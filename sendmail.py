@@ -389,7 +389,8 @@ def _connected(mailer: Any) -> Iterator[None]:
     """Enter *mailer* for the block, if it is a context manager.  Raise `RelayUnavailable` if it refuses."""
     with contextlib.ExitStack() as connection:
         try:
-            connection.enter_context(mailer if hasattr(mailer, "__enter__") else contextlib.nullcontext())
+            if hasattr(mailer, "__enter__"):
+                connection.enter_context(mailer)
         except Exception as error:
             raise error if isinstance(error, RelayUnavailable) else RelayUnavailable(_reason(error)) from error
         yield
@@ -962,6 +963,7 @@ class _Claim:
         for claim in cls.open:
             os.close(claim.fd)
         cls.open.clear()
+        cls.retrying = threading.RLock()  # the parent's may be held by a thread that the fork does not have
 
 
 os.register_at_fork(after_in_child=_Claim.close_in_child)
