@@ -16,27 +16,28 @@ Without transactions, `Maildir("queue").add(...)` does it in one step; `python -
 Words
     envelope    the sender and the recipients, which the relay goes by; stored in two lines before the message
     relay       the SMTP server that takes our messages
-    reply       what the relay says of one recipient: sent (2xx), deferred (4xx, try later) or failed (5xx, give up)
+    reply       what the relay says of one recipient: sent (2xx), deferred (4xx: try later) or failed (5xx: give up)
     claim       the right to send, move or unlink a message: an exclusive flock on its file
     pass        one walk of a processor through what is due
 
 States: the directory is the state, the name is the schedule, a rename is the transition, a lock is the life of a claim
-    tmp/        being written, uncommitted; older than 36 h: litter
-    new/        waiting: due at once or, where the name ends in ',due=<Unix time>', from then on
+    tmp/        being written: not committed, or not yet in the place of another; older than 36 h: litter
+    new/        waiting: due at once or, where the name ends in ',due=<Unix time>', from then on (but at once, if that
+                is over an hour ahead: a clock was wrong)
     cur/        claimed, by the process that holds the lock on it; abandoned, if nobody does
-    .failed/    given up, kept for a person
+    .failed/    given up, kept for a person (a Maildir++ folder)
 
     send ─write─▶ tmp/ ─publish─▶ new/ ─claim─▶ cur/ ─record─▶ (unlinked)
                                    ▲ ◀─defer, release─┤
-                                   │                  └─give_up─▶ .failed/
-                                   └────────── requeue ──────────────┘
+                                   │                  └─give_up, give_up_for─▶ .failed/
+                                   └───────────────── requeue ────────────────────┘
 
 Guarantees
     1. Every recipient of a committed message stands in a complete file in new/, cur/ or .failed/ until the relay has
        taken the message for that recipient.
     2. Only the holder of the lock on the inode now at that path moves, replaces or unlinks a message in new/ or cur/.
-    3. A message in cur/ whose lock is free was abandoned by a process that died: the next pass of any processor takes
-       it up, at once.  A living processor, however slow its relay, is never robbed.
+    3. A message in cur/ whose lock is free was abandoned, as by a process that died: the next pass of any processor
+       takes it up.  A living processor, however slow its relay, is never robbed.
     4. commit() returning means durable: the file fsynced before its rename, the directory after it.
     5. A changed list of recipients replaces the file atomically, before the message is let go of; once the relay has
        taken it for some, the file without those is the first thing written (in place, where another can't be).
@@ -144,10 +145,10 @@ _handlers: list[Callable[[Any], object]] = []
 
 
 def subscribe(handler: _Handler) -> _Handler:
-    """Call *handler* with every event from now on, in the order of subscription; return it (a decorator, then).
+    """Call *handler* with every event of this process, in the order of subscription; return it (a decorator, then).
 
-    A handler never runs inside a commit, and always in a new transaction of its own: begun before it, committed after
-    it, aborted if it raises.  One that raises is logged, and hurts nobody.
+    A handler runs after the commit that it tells of, in a new transaction (of `transaction.manager`) of its own: begun
+    before it, committed after it, aborted if it raises.  One that raises is logged, and hurts nobody.
     """
     _handlers.append(handler)
     return handler
@@ -340,14 +341,18 @@ _OK, _NO_REPLY = Reply(250, "2.0.0 Ok"), Reply(451, "4.3.0 the mailer told nothi
 
 
 class RelayUnavailable(Exception):
-    """The relay can't be used now, and no message is to blame: none is given up or deferred because of it.
+    """The relay can't be used now, and no message is to blame: what is in a queue keeps its place there.
 
-    Whatever goes wrong before MAIL is answered: connection, DNS, TLS, banner, EHLO, AUTH, and a 421 or 53x to MAIL.
+    That is whatever goes wrong before MAIL is answered: connection, DNS, TLS, banner, EHLO and AUTH, and a 421, 530,
+    534, 535 or 538 to MAIL.
     """
 
 
 class Mailer(Protocol):
-    """What deliveries and processors need.  One that is a context manager is entered around several messages."""
+    """What deliveries and processors need.  The workers of a processor share it, each in a thread of its own.
+
+    One that is a context manager is entered, by each of these, around several messages.
+    """
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> Mapping[str, Reply] | None:
         """Hand *message* to the relay, for at most 100 *toaddrs*; return a `Reply` for each (None: all accepted).
@@ -382,6 +387,16 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         replies, default = {}, Reply(code, getattr(error, "smtp_error", "")).judged() if code else Reply(451, text)
     told = {address: replies.get(address, default) for address in toaddrs}
     return {address: reply if isinstance(reply, Reply) else Reply(*reply).judged() for address, reply in told.items()}
+
+
+def _ask_in_groups(
+    mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes
+) -> Iterator[tuple[dict[str, Reply], dict[str, Reply]]]:
+    """Yield, group by group, the replies that say 'sent', and the others; what is to be noted can be, in between."""
+    for start in range(0, len(toaddrs), _GROUP):
+        replies = _ask(mailer, fromaddr, toaddrs[start : start + _GROUP], message)
+        sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
+        yield sent, {address: reply for address, reply in replies.items() if address not in sent}
 
 
 @contextlib.contextmanager
@@ -500,8 +515,10 @@ class SMTPMailer:
     ) -> None:  # fmt: skip
         if not hostname or not 0 < port < 65536 or not timeout > 0 or (auth or "PLAIN").upper() not in _MECHANISMS:
             raise ValueError(f"bad host name, port, timeout or auth: {hostname!r}, {port}, {timeout}, {auth}")
-        if no_tls and (force_tls or implicit_tls) or (username is None) != (password is None):
-            raise ValueError("no_tls contradicts force_tls and implicit_tls; username and password go together")
+        if no_tls and (force_tls or implicit_tls):
+            raise ValueError("no_tls contradicts force_tls and implicit_tls")
+        if (username is None) != (password is None):
+            raise ValueError("username and password go together: one is missing")
         if context and username and not no_tls and not context.check_hostname:
             raise ValueError("a password needs a context that verifies certificate and host name")
         self._verified = force_tls or implicit_tls or (username is not None and not no_tls)
@@ -537,7 +554,7 @@ class SMTPMailer:
         reused = kept.smtp is not None and kept.pid == os.getpid()  # the relay may have dropped it meanwhile
         with self:
             try:
-                self._transact(self._connection(), fromaddr, toaddrs, message, replies)
+                self._transact(kept.smtp, fromaddr, toaddrs, message, replies)
                 return replies
             except BaseException as error:
                 self._disconnect()
@@ -561,7 +578,7 @@ class SMTPMailer:
         smtp.sock.settimeout(self._timeout)
         commands = [mail, *(b"RCPT TO:<%s>\r\n" % recipient for recipient in recipients.values()), b"DATA\r\n"]
         pipelined = smtp.has_extn("pipelining") and len(recipients) <= _GROUP  # more could fill the buffers both ways
-        # RFC 2920: one write, and one wait, instead of one for each recipient
+        # what to write before each reply; RFC 2920: all at once, then nothing
         writes = [[b"".join(commands)]] + [[]] * len(commands) if pipelined else [[command] for command in commands]
         sender = _answer(smtp, writes[0])
         if sender.code in _LOGIN_WANTED:
@@ -582,7 +599,7 @@ class SMTPMailer:
                 raise _Lost(Reply(451, f"4.5.0 unexpected reply to DATA: {reply}"))
             replies.update(dict.fromkeys(accepted, reply.judged()))
         if self._kept.stage == "RCPT" and not refused:
-            self._kept.stage = "data"
+            self._kept.stage = "data"  # all is answered
             _answer(smtp, [b"RSET\r\n"])
 
     def _connection(self) -> Any:
@@ -690,9 +707,9 @@ class Maildir:
     """
 
     def __init__(self, path: str | os.PathLike[str], create: bool = True) -> None:
-        self.path, self._mode = os.fspath(path), 0o700
+        self.path, self._mode = os.path.abspath(path), 0o700  # absolute: the process may change its directory
         if create and not os.path.lexists(self.path):
-            self._make_directories("")
+            self._make_directories("")  # the queue's own
         present, wanted = set(os.listdir(self.path)), {"tmp", "new", "cur"}
         if wanted - present and (present - wanted or not create):
             raise ValueError(f"{self.path} is not a Maildir; left as it is")
@@ -713,8 +730,9 @@ class Maildir:
         return "/".join((self.path, *parts))
 
     def _names(self, directory: str) -> Iterator[str]:
+        """Yield the names of the messages in *directory*: dot-files, links, FIFOs and the like are none."""
         with os.scandir(self._path(directory)) as entries:
-            yield from (entry.name for entry in entries if entry.name[0] != ".")
+            yield from (e.name for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
 
     def _make_directories(self, *directories: str) -> None:
         for directory in directories:
@@ -834,21 +852,25 @@ class Maildir:
                         _log.warning("removed tmp/%s, never committed: %s", name, _printable(b" ".join(envelope)))
 
 
+class _NoEnvelope(Exception):
+    """The file does not begin with an envelope."""
+
+
 class _Claim:
     """A message that nobody else may send, move or unlink, for as long as this holds the lock on it."""
-    open: ClassVar[set[_Claim]] = set()  # of this process
-    retrying = threading.RLock()  # held while what is owed is tried again, for that belongs to no thread
+    held: ClassVar[set[_Claim]] = set()  # by this process
+    retrying = threading.RLock()  # for what is unwritten, which belongs to no thread
     fromaddr = error = message_id = ""
     message = b""
     toaddrs: tuple[str, ...] = ()
-    owed: tuple[str, ...] | None = None  # who is left, since the relay took it for others, if the file can't say so now
-    taken: Mapping[str, Reply] = {}  # what is to be told when it does
+    taken: Mapping[str, Reply] = {}  # what the relay said when it took the message for some
+    unwritten: tuple[str, ...] | None = None  # the recipients left then, while the file can't be made to say so
 
     def __init__(self, queue: Maildir, directory: str, name: str) -> None:
         self.queue, self.directory, self.name = queue, directory, name
         # O_RDWR: NFS locks nothing else exclusively.  O_NONBLOCK: a FIFO must not stop us.
         self.fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        self.open.add(self)
+        self.held.add(self)
 
     @property
     def path(self) -> str:
@@ -860,7 +882,7 @@ class _Claim:
         return now - (float(seconds) if seconds.isdecimal() else os.fstat(self.fd).st_mtime)
 
     def read(self) -> None:
-        """Learn envelope and message.  Raise `ValueError` if there is no envelope."""
+        """Learn envelope and message.  May raise `_NoEnvelope`."""
         size = os.fstat(self.fd).st_size
         head = os.pread(self.fd, _PIECE, 0)
         if head.count(b"\n") < 3:
@@ -868,7 +890,7 @@ class _Claim:
         found = _ENVELOPE.match(head)
         self.toaddrs = _parse_addresses(found[2]) if found else ()
         if not found or not self.toaddrs:
-            raise ValueError("no readable envelope")
+            raise _NoEnvelope("no readable envelope")
         self.fromaddr = "".join(_parse_addresses(found[1])[:1])
         self.error = _printable(found[3] or b"")
         start = found.end()  # a large message is read by itself, to be in memory once
@@ -904,9 +926,9 @@ class _Claim:
                 except OSError:
                     self.shorten(waiting)
         except BaseException:
-            self.owed = waiting
+            self.unwritten = waiting
             raise
-        self.owed, self.toaddrs = None, waiting
+        self.unwritten, self.toaddrs = None, waiting
 
     def shorten(self, toaddrs: tuple[str, ...]) -> None:
         """Write a shorter list over that in the file: for a disk that is too full for another file."""
@@ -926,7 +948,7 @@ class _Claim:
 
     def let_go(self) -> None:
         """Release it, if that was not done, and close it; if that fails it is abandoned, which will do."""
-        if self in self.open and self.owed is None:
+        if self in self.held and self.unwritten is None:
             with contextlib.suppress(OSError):
                 self.release()
             self.close()
@@ -950,8 +972,8 @@ class _Claim:
 
     def close(self) -> None:
         """Let go of it.  Closing alone would not unlock it while a forked child holds a copy of the descriptor."""
-        if self in self.open:
-            self.open.discard(self)
+        if self in self.held:
+            self.held.discard(self)
             with contextlib.suppress(OSError):
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
             with contextlib.suppress(OSError):
@@ -960,9 +982,9 @@ class _Claim:
     @classmethod
     def close_in_child(cls) -> None:
         """Close the copies that a fork made, without unlocking: the locks are the parent's, and must end with it."""
-        for claim in cls.open:
+        for claim in cls.held:
             os.close(claim.fd)
-        cls.open.clear()
+        cls.held.clear()
         cls.retrying = threading.RLock()  # the parent's may be held by a thread that the fork does not have
 
 
@@ -1019,38 +1041,41 @@ class _Courier(NamedTuple):
         Whatever else goes wrong is logged, and the message deferred: no message can stop the queue.
         """
         try:
-            if claim.owed is None:
+            if claim.unwritten is None:
                 claim.read()
                 yield from self._attempt(claim)
             else:  # as good as new, once the file says who is left
-                claim.record(claim.owed, claim.error)
-                yield from self._events(claim, "sent", claim.taken)
+                claim.record(claim.unwritten, claim.error)
+                yield from self._report(claim, "sent", claim.taken)
                 yield from self._defer(claim, {}) if claim.toaddrs else ()
         except RelayUnavailable:
             claim.let_go()
             raise
+        except _NoEnvelope as error:
+            _log.error("%s: %s", _printable(claim.path), error)
+            claim.give_up()
+            yield MailErrorEvent("", claim.fromaddr, (), str(error), "5.6.0")
         except Exception as error:
             _log.error("%s: %s", _printable(claim.path), _reason(error))
-            if isinstance(error, ValueError) and not claim.toaddrs:  # it has no envelope
-                claim.give_up()
-                yield MailErrorEvent("", claim.fromaddr, (), _reason(error), "5.6.0")
-            elif claim.directory == "cur" and claim.owed is None:
+            if claim.directory == "cur" and claim.unwritten is None:
                 yield from self._defer(claim, dict.fromkeys(claim.toaddrs, Reply(451, f"4.3.0 {_reason(error)}")))
         finally:
-            if claim.owed is None:  # or else it stays locked: nobody may send it again
+            if claim.unwritten is None:  # or else it stays locked: nobody may send it again
                 claim.close()
+
+    def settle_unwritten(self, queue: Maildir) -> Iterator[MailEvent]:
+        """Yield the events of what could not be written before, as far as it can be now."""
+        with _Claim.retrying:
+            for claim in [claim for claim in tuple(_Claim.held) if claim.queue.path == queue.path]:
+                yield from self.deliver(claim) if claim.unwritten is not None else ()
 
     def _attempt(self, claim: _Claim) -> Iterator[MailEvent]:
         failed, deferred = dict[str, Reply](), dict[str, Reply]()
-        toaddrs = claim.toaddrs
-        for start in range(0, len(toaddrs), _GROUP):
-            replies = _ask(self.mailer, claim.fromaddr, toaddrs[start : start + _GROUP], claim.message)
-            sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
-            others = {address: reply for address, reply in replies.items() if address not in sent}
+        for sent, others in _ask_in_groups(self.mailer, claim.fromaddr, claim.toaddrs, claim.message):
             if sent:
                 claim.taken = sent
                 claim.record(tuple(a for a in claim.toaddrs if a not in sent), _error_line(others.values()))
-                yield from self._events(claim, "sent", sent)
+                yield from self._report(claim, "sent", sent)
             for address, reply in others.items():
                 reply = reply.softened() if self.soft_bounce and reply.outcome == "failed" else reply
                 too_old = claim.age(self.clock()) > self.max_age
@@ -1061,7 +1086,7 @@ class _Courier(NamedTuple):
             claim.keep(tuple(failed), _error_line(failed.values()))
             claim.give_up()
         if failed:
-            yield from self._events(claim, "failed", failed)
+            yield from self._report(claim, "failed", failed)
         if deferred:
             claim.keep(tuple(deferred), _error_line(deferred.values()))
             yield from self._defer(claim, deferred)
@@ -1069,9 +1094,11 @@ class _Courier(NamedTuple):
     def _defer(self, claim: _Claim, replies: Mapping[str, Reply]) -> Iterator[MailEvent]:
         due = int(self.clock() + _backoff(claim.age(self.clock())))
         claim.defer(due)
-        return self._events(claim, "deferred", replies, due)
+        return self._report(claim, "deferred", replies, due)
 
-    def _events(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0) -> Iterator[MailEvent]:
+    def _report(
+        self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0
+    ) -> Iterator[MailEvent]:
         return _events(claim, outcome, replies, due, f" relay={self.mailer} delay={claim.age(self.clock()):.1f}")
 
 
@@ -1087,7 +1114,7 @@ class _DataManager:
 
     def __init__(self, delivery: _Delivery, manager: Any) -> None:
         self.delivery = delivery  # Transaction.set_data goes by id(): while this lives, no other delivery has that one
-        self.transaction_manager = manager
+        self.transaction_manager = manager  # of the interface
         self.messages: list[_Message] = []
         self.joined = self.committing = False
 
@@ -1116,8 +1143,8 @@ class _DataManager:
         if self.delivery.queue:
             self.delivery.queue._sync([message.name for message in self.messages])
 
-    def tpc_finish(self, transaction: Any) -> None:
-        """Let the messages go.  Never raises, for the databases have committed; what to tell is told afterwards."""
+    def tpc_finish(self, current: Any) -> None:
+        """Let the messages go.  Raises no `Exception`, for the databases have committed; what to tell is told later."""
         messages, self.messages = self.messages, []
         events: list[MailEvent] = []
         try:
@@ -1126,8 +1153,8 @@ class _DataManager:
         except Exception:  # a bug; the messages are where they are
             _log.critical("in doubt: mail of a committed transaction: %s", messages, exc_info=True)
         finally:
-            if events:  # or else `transaction` would abort every data manager once more for nothing
-                transaction.addAfterCommitHook(lambda _committed: any(map(notify, events)))
+            for event in events:  # a hook only where it is needed: it makes `transaction` abort everything once more
+                current.addAfterCommitHook(lambda _committed, event: notify(event), (event,))
 
     def sortKey(self) -> str:
         return f"~~sendmail:{id(self)}"  # after every database's: mail must not be visible before the data
@@ -1146,10 +1173,12 @@ class _Delivery:
         """Send *message* when, and only when, the transaction commits; return its id (without angle brackets).
 
         *fromaddr* is an address, or '' (the null sender); *toaddrs* an address or several, of which duplicates count
-        once.  *message* is bytes, text or a `Message`, without its Bcc; Message-Id and Date are added where missing.
+        once.  *message* is bytes, text or a `Message`, which is sent without its Bcc; Message-Id and Date are added
+        where missing.
 
-        Raise `ValueError` for no recipients, an address that is no bare addr-spec (RFC 5322, 3.4.1) or a malformed
-        Message-Id, `OSError` if the message can't be written, and what the transaction manager raises.
+        Raise `ValueError` for no recipients, an address that is no bare addr-spec (RFC 5322, 3.4.1), a malformed
+        Message-Id, or a transaction that is being committed, `OSError` if the message can't be written, and what the
+        transaction manager raises.
         """
         message_id, recipients, content = _prepare(fromaddr, toaddrs, message)
         current = self._manager.get()
@@ -1213,13 +1242,15 @@ class DirectMailDelivery(_Delivery):
         self._mailer = mailer
 
     def _finish(self, messages: list[_Message]) -> Iterator[MailEvent]:
-        yield from super()._finish(messages) if self.queue else ()  # first of all, in case this process dies
+        if self.queue:
+            yield from super()._finish(messages)  # first of all, in case this process dies
+            yield from _Courier(self._mailer).settle_unwritten(self.queue)
         claims: list[_Claim | None] = []
         try:
             with _connected(self._mailer):
                 for index, message in enumerate(messages):
                     if not claims:  # several, before the first of them is sent
-                        claims.extend(map(self._claim, messages[index : index + _AT_ONCE]))
+                        claims.extend(map(self._try_claim, messages[index : index + _AT_ONCE]))
                     for event in self._attempt(message, claims.pop(0)):
                         message.toaddrs = tuple(a for a in message.toaddrs if a not in event.toaddrs)
                         yield event
@@ -1234,7 +1265,7 @@ class DirectMailDelivery(_Delivery):
         if self.queue:
             self.queue._wake()
 
-    def _claim(self, message: _Message) -> _Claim | None:
+    def _try_claim(self, message: _Message) -> _Claim | None:
         with contextlib.suppress(OSError):  # a processor has it, or will
             return self.queue and self.queue._claim(message.name)  # type: ignore[no-any-return]
         return None
@@ -1244,12 +1275,9 @@ class DirectMailDelivery(_Delivery):
         if self.queue:
             yield from _Courier(self._mailer).deliver(claim) if claim else ()
             return
-        toaddrs = message.toaddrs
-        for start in range(0, len(toaddrs), _GROUP):
-            replies = _ask(self._mailer, message.fromaddr, toaddrs[start : start + _GROUP], message.content)
-            sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
+        for sent, others in _ask_in_groups(self._mailer, message.fromaddr, message.toaddrs, message.content):
             yield from _events(message, "sent", sent)
-            yield from _events(message, "failed", {a: replies[a] for a in replies if a not in sent})  # no later here
+            yield from _events(message, "failed", others)  # there is no later
 
 
 # ------------------------------------------------------------------------------------------------ processor
@@ -1277,8 +1305,8 @@ class QueueProcessorThread(threading.Thread):
     """Send what is due in *queue* (a `Maildir`, or its path) by *mailer*, every *interval* seconds and when woken.
 
     `start()` makes it a daemon thread, which interpreter exit stops and joins; `run()` does the same in this thread;
-    `process()` makes one pass.  A pass takes at most *batch* messages, over *workers* connections.  A message that is
-    older than *max_age* seconds is given up instead of deferred; *soft_bounce* defers what the relay refuses for good.
+    `process()` makes one pass.  A pass takes at most *batch* messages, over *workers* connections.  What a reply would
+    defer is given up if it is older than *max_age* seconds; *soft_bounce* defers what the relay refuses for good.
     There may be as many processors on a queue as you like.
     """
 
@@ -1295,10 +1323,11 @@ class QueueProcessorThread(threading.Thread):
         self._stopping = False
         self._bell = os.pipe()  # rung by stop(), which a signal handler may call: an Event could dead-lock there
         os.set_blocking(self._bell[1], False)
-        weakref.finalize(self, lambda ends: any(map(os.close, ends)), self._bell)
+        for end in self._bell:
+            weakref.finalize(self, os.close, end)
         self._listings = {"cur": _Listing(), "new": _Listing()}
-        self._not_before: dict[str, float] = {}  # what can't be claimed, and when to look at it again
-        self._suspects: set[str] = set()  # at these the relay became unavailable: all others go first
+        self._not_before: dict[str, float] = {}  # what is left alone, and until when
+        self._suspects: set[str] = set()  # at these the relay became unavailable: the others go first
         self._next_cleaning = 0.0
 
     def start(self) -> None:
@@ -1354,7 +1383,9 @@ class QueueProcessorThread(threading.Thread):
             self._next_cleaning = self._clock() + 3600
             self._queue._clean(self._clock())
         counts = _Counts(left=-self._recover(courier))  # for what it releases counts among the new
-        due = self._look("new")[: self._batch]
+        due = self._look("new")
+        self._suspects.intersection_update(due)
+        due = sorted(due, key=self._suspects.__contains__)[: self._batch]
         due.reverse()  # for pop()
         counts.left += sum(listing.size for listing in self._listings.values())
         try:
@@ -1376,11 +1407,8 @@ class QueueProcessorThread(threading.Thread):
 
     def _recover(self, courier: _Courier) -> int:
         """Release what stands in cur/ and was abandoned by a process that died; return how many that is."""
-        with _Claim.retrying:
-            owed = [claim for claim in tuple(_Claim.open) if claim.owed is not None]
-            for claim in [claim for claim in owed if claim.queue.path == self._queue.path]:
-                for event in courier.deliver(claim):
-                    notify(event)
+        for event in courier.settle_unwritten(self._queue):
+            notify(event)
         released = 0
         for name in self._look("cur"):
             try:
@@ -1402,11 +1430,11 @@ class QueueProcessorThread(threading.Thread):
         if mtime == known.mtime and known.listed <= now < known.valid_until:
             return []
         due, waiting, next_due = _schedule(self._queue._names(directory), now)
-        held = {name: self._not_before[name] for name in due if self._not_before.get(name, 0.0) > now}
-        quiet = len(due) == len(held) and now - mtime / 1e9 > 2
-        valid_until = min([next_due, *held.values()]) if quiet else 0.0
+        left_alone = {name: self._not_before[name] for name in due if self._not_before.get(name, 0.0) > now}
+        quiet = len(due) == len(left_alone) and now - mtime / 1e9 > 2
+        valid_until = min([next_due, *left_alone.values()]) if quiet else 0.0
         self._listings[directory] = _Listing(mtime, now, valid_until, len(due) + waiting)
-        return sorted(sorted(name for name in due if name not in held), key=self._suspects.__contains__)
+        return sorted(name for name in due if name not in left_alone)
 
     def _help(self, courier: _Courier, due: list[str], counts: _Counts) -> None:
         """Work over one more connection; if there is none to be had, the first goes on alone."""
@@ -1439,12 +1467,9 @@ class QueueProcessorThread(threading.Thread):
                 counts.left -= bool(kinds) and not kinds & {MailDeferredEvent, RelayUnavailable}
 
     def _leave(self, directory: str, name: str, error: Exception) -> None:
-        """Leave alone for a while what can't be claimed: in silence, if it is no regular file."""
+        """Leave alone for a minute what can't be claimed or settled."""
         self._not_before[name] = self._clock() + _BACKOFF_MIN
-        with contextlib.suppress(OSError):
-            if not stat.S_ISREG(os.lstat(self._queue._path(directory, name)).st_mode):
-                return
-        _log.error("cannot claim %s/%s: %s", directory, _printable(name), _reason(error))
+        _log.error("leaving alone %s/%s for now: %s", directory, _printable(name), _reason(error))
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -1477,8 +1502,8 @@ usage: python -m sendmail --maildir DIR [option ...]               send what is 
 of sendmail(8): -t takes the recipients from To, Cc and Bcc, besides those given; -i, -oi: a line with only a dot does
 not end the message; -f, -r SENDER: envelope sender (default: you; <> is none); -F NAME: your name, for a missing From
 
-exit status: 0 done, even if messages were deferred or given up; 64 usage; 65 bad message; 73 no queue;
-74 input or output error; 75 relay unavailable
+exit status: 0 done, even if messages were deferred or given up; 64 usage; 65 bad message; 73 the queue can't be
+opened or made; 74 input or output error; 75 relay unavailable; 130 interrupted
 """
 # what --help says is what there is: the name of each option, and of its value
 _OPTIONS = dict(re.findall(r"--([a-z-]+)(?: ([A-Z]+))?", _HELP))
@@ -1523,7 +1548,7 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     return ours, theirs, operands
 
 
-def _mailer(options: Mapping[str, Any]) -> Mailer:
+def _make_mailer(options: Mapping[str, Any]) -> Mailer:
     if "print" in options:
         return StreamMailer()
 
@@ -1543,7 +1568,7 @@ def _mailer(options: Mapping[str, Any]) -> Mailer:
 def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
     """Run a processor: for one pass, or until a signal; a second one ends it at once."""
     try:
-        mailer = _mailer(options)
+        mailer = _make_mailer(options)
     except ValueError as error:
         raise _Exit(_USAGE, str(error)) from None
     processor = QueueProcessorThread(
@@ -1577,6 +1602,9 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
 def _addresses(text: str, domain: str) -> list[str]:
     """Return the addresses in *text*, completed with *domain*; what is none as it is, to be refused."""
     found = _parse_addresses(text) if text.isprintable() else ()
+    for local in (address for address in found if "@" not in address):
+        if not re.search(rf"(?:\A|[,:<)])\s*{re.escape(local)}\s*(?:[,;>(]|\Z)", text):  # the first of several words
+            return [text]
     return [address if "@" in address else f"{address}@{domain}" for address in found] or [text]
 
 
@@ -1636,19 +1664,17 @@ def _entries(queue: Maildir) -> Iterator[dict[str, Any]]:
         try:
             locked = directory == "cur" and queue._lock(directory, name)
             claim = locked or _Claim(queue, directory, name)
-        except OSError:  # gone by now, or no message
+        except FileNotFoundError:  # gone by now
             continue
         with contextlib.closing(claim):
-            if not stat.S_ISREG(os.fstat(claim.fd).st_mode):
-                continue
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(_NoEnvelope):
                 claim.read()
             state = "failed" if directory[0] == "." else "sending" if locked is None else "due"
-            deferred = directory == "new" and not _schedule([name], now)[0]
+            _, deferred, due = _schedule([name] if directory == "new" else [], now)
             yield {
                 "name": name, "state": "deferred" if deferred else state, "age": claim.age(now),
                 "size": os.fstat(claim.fd).st_size, "sender": claim.fromaddr, "recipients": claim.toaddrs,
-                "due": float(name[-10:]) if deferred else None,
+                "due": due if deferred else None,
                 "error": claim.error if claim.toaddrs else "no readable envelope",
             }  # fmt: skip
 
@@ -1687,15 +1713,12 @@ def _requeue(queue: Maildir, names: Sequence[str]) -> None:
     """Make failed and deferred messages due, all or those called *names*."""
     missing = set(names)
     for directory, name in _all(queue, "new", ".failed/new", ".failed/cur"):
-        claim = None
-        if name in missing or (not names and (directory != "new" or _DUE.search(name))):
-            with contextlib.suppress(OSError):  # no message
-                claim = queue._lock(directory, name)
-        if claim:
+        wanted = name in missing or (not names and (directory != "new" or _DUE.search(name)))
+        if wanted and (claim := queue._lock(directory, name)):
             with contextlib.closing(claim):
                 claim.requeue()
             missing.discard(name)
-    queue._publish([])
+    _fsync(queue._path("new"))
     queue._wake()
     if missing:
         raise _Exit(_DATAERR, f"not in the queue, or being sent: {', '.join(sorted(missing))}")
