@@ -2493,6 +2493,14 @@ print(len(passes), file=sys.stderr)
     assert ran.stderr == b"2\n"
 
 
+def test_a_queue_stays_where_it_is_when_the_process_changes_its_directory(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    queue = Maildir("queue")
+    monkeypatch.chdir("/")
+    queue.add("app@x.org", "ann@x.org", MESSAGE)
+    assert list(state(tmp_path / "queue")) == ["new"]
+
+
 def test_a_queue_behind_a_link_is_made_and_gives_up_at_once(tmp_path: pathlib.Path, relay: Relay) -> None:
     (tmp_path / "real" / "q").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -3703,6 +3711,22 @@ def test_what_can_not_be_noted_now_is_noted_later_and_not_sent_again(queue, rela
     assert state(queue).keys() <= {"tmp"}  # litter
 
 
+def test_a_direct_delivery_notes_at_its_next_commit_what_it_could_not_note_at_once(queue, relay, events, monkeypatch):
+    def broken(*_arguments):
+        raise OSError(errno.EIO, "broken")
+
+    delivery = DirectMailDelivery(relay.mailer(), fallback=queue)
+    with monkeypatch.context() as patch, transaction.manager:
+        delivery.send(SENDER, ANN, MESSAGE)
+        patch.setattr(os, "unlink", broken)
+        transaction.commit()
+        assert state(queue).keys() == {"cur"} and events == []
+    with transaction.manager:
+        delivery.send(SENDER, BOB, MESSAGE)
+    assert [message.recipients for message in relay.received] == [[ANN], [BOB]] and state(queue) == {}
+    assert [(type(event), event.toaddrs) for event in events] == [(MailSentEvent, (ANN,)), (MailSentEvent, (BOB,))]
+
+
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_files_are_durable_before_they_are_visible_and_the_directory_before_commit_returns(count, queue, monkeypatch):
     fsync, rename, calls = os.fsync, os.rename, []
@@ -4691,6 +4715,7 @@ BAD_INPUT = {
     "bad-recipient": ("--maildir {q} ann@", MESSAGE, 65),
     "bad-recipient-in-headers": ("--maildir {q} -t", b"To: <ann@example.com@>, bob@\n" + MESSAGE, 65),
     "interval-and-recipient": ("--maildir {q} --interval 60 ann@example.com", MESSAGE, 64),
+    "recipient-of-several-words": ("--maildir {q} 'ann bob carl'", MESSAGE, 65),
     "recipient-with-line-break": ("--maildir {q} 'ann@example.com\nBcc: eve@example.com'", MESSAGE, 65),
     "recipient-not-in-utf-8": ("--maildir {q} ann\udcff@example.com", MESSAGE, 65),
     "empty-recipient": ("--maildir {q} ''", MESSAGE, 65),
@@ -4710,6 +4735,9 @@ BAD_INPUT = {
     "requeue-of-nothing": ("--maildir {d}/missing --requeue", b"", 73),
     "tmp-not-writable": ("--maildir {d}/readonly ann@example.com", MESSAGE, 74),
     "new-not-readable": ("--maildir {d}/hidden --port {p}", b"", 74),
+    "message-not-readable": ("--maildir {d}/foreign --list", b"", 74),
+    "message-not-readable-for-a-program": ("--maildir {d}/foreign --list --json", b"", 74),
+    "message-not-to-be-locked": ("--maildir {d}/foreign --requeue", b"", 74),
     "relay-refuses": ("--maildir {q} --hostname 127.0.0.1 --port 1", b"", 75),
     "host-no-name": ("--maildir {q} --hostname a..b", b"", 75),
     "host-an-address-too-long": ("--maildir {q} --hostname 127.0.0.1.1.1.", b"", 75),
@@ -4732,8 +4760,10 @@ def test_bad_input_is_one_line_with_its_exit_status_and_nothing_is_lost(name, qu
         (directory / file).write_bytes(text)
     Maildir(directory / "readonly")
     Maildir(directory / "hidden").add("app@example.com", ANN, MESSAGE)
+    Maildir(directory / "foreign")
+    (directory / "foreign/new/1.M1P1Q1.host,due=1").write_bytes(MESSAGE)
     queue.add("app@example.com", ANN, MESSAGE)
-    modes = {"locked": 0, "secret": 0, "readonly/tmp": 0o500, "hidden/new": 0o300}
+    modes = {"locked": 0, "secret": 0, "readonly/tmp": 0o500, "hidden/new": 0o300, "foreign/new/1.M1P1Q1.host,due=1": 0}
     for path, mode in modes.items():
         (directory / path).chmod(mode)
     call = shlex.split(arguments.format(q=queue.path, d=directory, p=login_relay.port))
@@ -4745,12 +4775,12 @@ def test_bad_input_is_one_line_with_its_exit_status_and_nothing_is_lost(name, qu
     assert (done.returncode, done.stdout) == (status, b"")
     assert re.fullmatch(r"sendmail: \S.*\n", errors)
     assert "Traceback" not in errors
-    assert all(len(state(q)["new"]) == 1 for q in (queue, directory / "hidden"))
+    assert all(len(state(q)["new"]) == 1 for q in (queue, directory / "hidden", directory / "foreign"))
     assert [file.endswith(MESSAGE) for file in content(queue)] == [True]
     assert (directory / "file").read_text() == "precious"
     assert (state(directory / "readonly"), login_relay.received) == ({}, [])
     assert sorted(p.name for p in directory.iterdir()) == [
-        "binary", "file", "hidden", "locked", "readonly", "secret", "umlaut"]  # fmt: skip
+        "binary", "file", "foreign", "hidden", "locked", "readonly", "secret", "umlaut"]  # fmt: skip
 
 
 @pytest.mark.parametrize("closed", [True, False])
