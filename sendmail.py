@@ -1319,7 +1319,7 @@ class QueueProcessorThread(threading.Thread):
         self._mailer, self._interval = mailer, interval
         self._batch, self._workers, self._max_age, self._soft_bounce = batch, workers, max_age, soft_bounce
         self._clock: Callable[[], float] = time.time
-        self._counting = threading.Lock()
+        self._counting = threading.Lock()  # for the counts of a pass, which its workers share
         self._stopping = False
         self._bell = os.pipe()  # rung by stop(), which a signal handler may call: an Event could dead-lock there
         os.set_blocking(self._bell[1], False)
@@ -1627,7 +1627,7 @@ def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str]
             lines = itertools.takewhile(lambda line: line.rstrip(b"\r\n") != b".", lines)
         message = b"".join(lines)
     except (OSError, ValueError, AttributeError) as error:  # closed, in one of three ways
-        raise _Exit(_DATAERR, f"cannot read the message from standard input: {_reason(error)}") from None
+        raise _Exit(_IOERR, f"cannot read the message from standard input: {_reason(error)}") from None
     if message.startswith(b"From "):  # of an mbox
         message = message.partition(b"\n")[2]
     headers = _headers_of(message)
