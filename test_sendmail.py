@@ -321,6 +321,31 @@ def command_line(*arguments: Any, stdin: bytes = b"", env: dict[str, str] | None
     )
 
 
+@contextlib.contextmanager
+def running(processor: QueueProcessorThread) -> Iterator[list[Any]]:
+    """Let the thread run for the block; the counts of its passes are in the list."""
+    passes: list[Any] = []
+    make_pass = processor.process
+
+    def process() -> Any:
+        passes.append(make_pass())
+        return passes[-1]
+
+    processor.process = process  # type: ignore[method-assign]
+    processor.start()
+    try:
+        yield passes
+    finally:
+        processor.stop()
+        processor.join(20)
+    assert not processor.is_alive()
+
+
+def broken(*_arguments: Any) -> Any:
+    """In place of a system call: the disk is."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 @pytest.fixture
 def background() -> Iterator[Callable[..., Any]]:
     """Start processes that are ended, if need be, with the test."""
@@ -828,14 +853,19 @@ def test_replies_that_arrive_byte_by_byte_are_understood(scripted):
     assert replies == {"b@x.org": Reply(250, "2.0.0 Ok: queued"), "c@x.org": Reply(550, "5.1.1 no 5.1.1 such user")}
 
 
-def test_the_final_reply_may_take_longer_than_the_timeout(scripted):
+def test_the_final_reply_may_take_ten_minutes_whatever_the_timeout(scripted, monkeypatch):
+    settimeout, set_to, in_silence = socket.socket.settimeout, [], []
+    monkeypatch.setattr(socket.socket, "settimeout", lambda sock, s: (set_to.append(s), settimeout(sock, s))[1])
+
     def end(_line, connection):
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)
         gone = poll.poll(1000)
+        in_silence.append(set_to[-1])
         return None if gone else "250 2.0.0 Ok"
 
     assert smtp_send(scripted(answering(end=end)), timeout=0.4)["b@x.org"].code == 250
+    assert in_silence == [600]
 
 
 def test_each_piece_of_the_data_has_the_whole_timeout(scripted):
@@ -1026,9 +1056,13 @@ def test_no_tls_sends_even_the_password_in_clear_because_it_says_so(scripted):
     assert server.connections[0].lines[1] == MECHANISMS["PLAIN"][0]
 
 
+ANY_HOST = ssl.create_default_context()
+ANY_HOST.check_hostname = False
+
+
 @pytest.mark.parametrize("options", [
     {"no_tls": True, "force_tls": True}, {"no_tls": True, "implicit_tls": True}, {"username": "ann"},
-    {**LOGIN, "auth": "NTLM"}, {**LOGIN, "context": ssl._create_unverified_context()}, {"timeout": 0}], ids=brief)
+    {**LOGIN, "auth": "NTLM"}, {**LOGIN, "context": ssl._create_unverified_context()}, {**LOGIN, "context": ANY_HOST}, {"timeout": 0}], ids=brief)
 def test_settings_that_contradict_each_other_are_refused_at_once(options):
     with pytest.raises(ValueError):
         SMTPMailer("127.0.0.1", 25, **options)
@@ -2091,6 +2125,7 @@ def test_guarantee_5_a_changed_recipient_list_is_the_first_thing_written_and_dur
     then("fsync", f"<{temporary}>")
     then("flock", f"<{temporary}>, LOCK_EX|LOCK_NB")
     then("rename", f'"{temporary}", "{root}/cur/{name}"')
+    then("fsync", f"<{root}/cur>")
     copy = then("write", "X-Zope-To: refused@x.org\\n").partition("<")[2].partition(">")[0]
     then("fsync", f"<{copy}>")
     then("rename", f'"{copy}", "{root}/.failed/new/')
@@ -2099,6 +2134,7 @@ def test_guarantee_5_a_changed_recipient_list_is_the_first_thing_written_and_dur
     then("fsync", f"<{rest}>")
     then("flock", f"<{rest}>, LOCK_EX|LOCK_NB")
     then("rename", f'"{rest}", "{root}/cur/{name}"')
+    then("fsync", f"<{root}/cur>")
     then("rename", f'"{root}/cur/{name}", "{root}/new/{name},due=')
     assert sent_events(run) == {"sent@x.org"}
 
@@ -2111,7 +2147,27 @@ def test_guarantee_5_a_message_given_up_whole_is_durable_in_failed(bench: Bench)
     written = run.find("write", "X-Sendmail-Error: 5.1.1 550 5.1.1 unknown\\n")
     temporary = run.calls[written][1].partition("<")[2].partition(">")[0]
     assert written < run.find("fsync", f"<{temporary}>") < rename
+    assert run.find("fsync", f"<{root}/.failed>") < rename and run.find("fsync", f"<{root}>") < rename
     assert rename < run.find("fsync", f"<{root}/.failed/new>", rename) < run.find("writev", "MailErrorEvent")
+
+
+def test_guarantee_5_a_list_that_is_shortened_in_place_is_durable_before_the_rest(bench: Bench) -> None:
+    root = bench.directory / "shortened"
+    Maildir(root).add("app@x.org", ["sent@x.org", "deferred@x.org"], MESSAGE)
+    (name,) = state(root)["new"]
+    run = bench.run(PASS, root, "-e", "inject=write:error=ENOSPC:when=1+")
+    shortened = run.find("pwrite64", "deferred@x.org")
+    assert run.find("recvfrom", "Ok: queued") < shortened
+    assert shortened < run.find("fsync", f"<{root}/cur/{name}>") < run.find("writev", "MailSentEvent")
+
+
+def test_guarantee_4_a_requeue_is_durable(bench: Bench) -> None:
+    root = bench.directory / "requeued"
+    Maildir(root).add("app@x.org", ["refused@x.org"], MESSAGE)
+    bench.run(PASS, root)
+    run = bench.run("tell(f'status {sendmail.main(arguments)}')", root, arguments=["--maildir", str(root), "--requeue"])
+    rename = run.find("rename", f'"{root}/.failed/new/')
+    assert rename < run.find("fsync", f"<{root}/new>") < run.find("writev", "status 0")
 
 
 def test_guarantee_6_nothing_stands_between_the_final_reply_and_what_records_it(bench: Bench) -> None:
@@ -2163,6 +2219,15 @@ def test_guarantee_2_a_lock_on_a_file_that_is_no_longer_there_is_no_claim(
     assert sink.taken == [] and state(queue) == {"new": [path.name]}
     assert processor.process().sent == 1
     assert sink.recipients() == ["changed@x.org"]
+
+
+def test_guarantee_2_what_somebody_else_has_locked_is_not_requeued(run: Any, queue: Maildir) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    (name,) = state(queue)["new"]
+    with open(f"{queue.path}/new/{name}", "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run("--maildir", queue.path, "--requeue", name)[0] == 65
+    assert state(queue) == {"new": [name]}
 
 
 def processor_command(queue: Maildir, port: int, *more: Any) -> list[Any]:
@@ -2218,6 +2283,57 @@ sendmail.QueueProcessorThread({queue.path!r}, Mailer()).process()
         assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("hours", "kept"), [(35.9, True), (36.1, False)])
+def test_state_tmp_is_litter_after_36_hours(queue: Maildir, relay: Relay, hours: float, kept: bool) -> None:
+    queue._write("app@x.org", ["ann@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: time.time() + hours * 3600
+    assert processor.process().left == 0
+    assert list(state(queue)) == ["tmp"] * kept and relay.received == []
+
+
+def test_a_processor_that_lives_long_removes_litter_again(queue: Maildir, relay: Relay) -> None:
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor.process()
+    queue._write("app@x.org", ["ann@x.org"], MESSAGE)
+    processor._clock = lambda: time.time() + 37 * 3600
+    processor.process()
+    assert state(queue) == {}
+
+
+def test_state_failed_is_a_maildir_of_its_own(queue: Maildir, relay: Relay) -> None:
+    relay.data_reply = "550 5.7.1 no"
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    assert QueueProcessorThread(queue, relay.mailer()).process().failed == 1
+    assert {path.name for path in pathlib.Path(queue.path, ".failed").iterdir()} == {"tmp", "new", "cur"}
+    assert standing_recipients(queue) == {".failed/new": ["ann@x.org"]}
+
+
+def test_what_cannot_be_claimed_is_looked_at_again_after_a_minute(queue: Maildir, relay: Relay, caplog: Any) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    in_the_way = pathlib.Path(queue.path, "cur", state(queue)["new"][0])
+    in_the_way.mkdir()
+    now = time.time() + 30
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: now
+    assert processor.process().left == 1
+    in_the_way.rmdir()
+    now += 59
+    assert processor.process().left == 1 and len(caplog.records) == 1
+    now += 2
+    assert processor.process().sent == 1 and state(queue) == {}
+
+
+def test_the_mtime_of_a_directory_proves_nothing_while_it_is_young(queue: Maildir, relay: Relay) -> None:
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor.process()
+    new = pathlib.Path(queue.path, "new")
+    before = new.stat()
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))  # as where a clock tick is long
+    assert processor.process().sent == 1
 
 
 @pytest.mark.parametrize("directory", ["new", "cur"])
@@ -2387,6 +2503,56 @@ def test_an_outage_is_one_line_a_pass_and_charged_to_no_message(
         assert sink.recipients() == ["0@x.org", "1@x.org", "2@x.org"]
 
 
+def test_during_an_outage_nothing_wakes_a_processor(queue: Maildir) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    with running(QueueProcessorThread(queue, Does(RelayUnavailable("down")), 3600)) as passes:
+        wait_until(lambda: passes)
+        for _ in range(20):
+            queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    assert [counts.left for counts in passes] == [1]
+
+
+def test_what_is_queued_during_a_pass_is_sent_at_once_by_the_next(queue: Maildir) -> None:
+    sent = []
+
+    class Mailer:
+        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
+            if not sent:
+                queue.add("app@x.org", ["bob@x.org"], MESSAGE)
+            sent.extend(toaddrs)
+
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    with running(QueueProcessorThread(queue, Mailer(), 3600)):
+        wait_until(lambda: sent == ["ann@x.org", "bob@x.org"])
+
+
+def test_a_processor_outlives_a_queue_that_cannot_be_read_for_a_while(queue: Maildir, relay: Relay, caplog: Any) -> None:
+    new = pathlib.Path(queue.path, "new")
+    processor = QueueProcessorThread(queue, relay.mailer(), 0.01)
+    away = new.rename(new.with_name("away"))
+    with running(processor):
+        wait_until(lambda: "cannot process" in caplog.text or not processor.is_alive())
+        away.rename(new)
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+        wait_until(lambda: relay.received)
+
+
+def test_workers_outlive_a_relay_that_grants_the_first_connection_alone(queue: Maildir, scripted: Any, caplog: Any) -> None:
+    def greeting(_line: str, connection: Any) -> str:
+        return USUAL["greeting"] if connection.number == 1 else "421 4.7.0 too many connections"
+
+    def end(_line: str, _connection: Any) -> str:
+        wait_until(lambda: len(server.connections) == 3)
+        return USUAL["end"]
+
+    server = scripted(answering(greeting=greeting, end=end))
+    for _ in range(6):
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    counts = QueueProcessorThread(queue, server.mailer(), workers=3).process()
+    assert (counts.sent, counts.left, counts.outage, caplog.records) == (6, 0, None, [])
+    assert [len(getattr(connection, "messages", ())) for connection in server.connections] == [6, 0, 0]
+
+
 def poisonous(verb: str) -> Callable[[Connection], None]:
     """A relay that closes the connection at *verb* of the message from poison@x.org, every time."""
 
@@ -2450,6 +2616,13 @@ def test_odd_files_are_left_alone_and_stop_nothing(
     assert [message.recipients for message in relay.received] == [["ann@x.org"]]
     assert state(queue) == before and outside.exists()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_message_with_a_header_that_looks_like_ours_arrives_whole(queue: Maildir, relay: Relay) -> None:
+    message = b"X-Sendmail-Error: mine\n" + MESSAGE
+    queue.add("app@x.org", ["ann@x.org"], message)
+    QueueProcessorThread(queue, relay.mailer()).process()
+    assert relay.received[0].content == crlf(message)
 
 
 def test_no_file_is_opened_in_a_way_that_follows_a_link(bench: Bench) -> None:
@@ -2643,6 +2816,33 @@ def test_max_age_gives_up_on_an_answer_of_the_messages_own(
     assert (counts.sent, counts.deferred, counts.failed) == (1, outcome == "deferred", outcome == "failed")
     assert list(state(queue)) == [".failed/new" if outcome == "failed" else "new"]
     assert b"X-Zope-To: ann@x.org\nX-Sendmail-Error: 4.2.1 450 4.2.1 busy\n" in content(queue)[0]
+
+
+@pytest.mark.parametrize("how", ["processor", "command line"])
+@pytest.mark.parametrize(("age", "place"), [(5 * 86400 - 60, "new"), (5 * 86400 + 60, ".failed/new")])
+def test_a_message_is_given_up_after_five_days_by_default(
+    run: Any, queue: Maildir, relay: Relay, how: str, age: int, place: str
+) -> None:
+    relay.data_reply = "450 4.2.1 busy"
+    file = pathlib.Path(queue.path, "new", f"{int(time.time()) - age}.M1P1Q1.host")
+    file.write_bytes(b"X-Zope-From: app@x.org\nX-Zope-To: ann@x.org\n" + MESSAGE)
+    if how == "processor":
+        QueueProcessorThread(queue, relay.mailer()).process()
+    else:
+        assert run("--maildir", queue.path, *to_relay(relay))[0] == 0
+    assert list(state(queue)) == [place]
+
+
+def test_a_name_has_one_due_time_however_often_it_is_deferred(queue: Maildir, relay: Relay) -> None:
+    relay.data_reply = "450 4.2.1 busy"
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    (name,) = state(queue)["new"]
+    processor = QueueProcessorThread(queue, relay.mailer())
+    for hours in range(3):
+        processor._clock = lambda hours=hours: time.time() + hours * 3601
+        assert processor.process().deferred == 1
+        (deferred,) = state(queue)["new"]
+        assert re.fullmatch(rf"{re.escape(name)},due=\d+", deferred)
 
 
 # ------------------------------------------------------------------------------------------------------------ stop
@@ -3689,9 +3889,6 @@ def test_guarantee_5_on_a_full_disk_the_list_is_shortened_in_place_and_nobody_ge
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_what_can_not_be_noted_now_is_noted_later_and_not_sent_again(queue, relay, events, monkeypatch, refused):
-    def broken(*_arguments):
-        raise OSError(errno.EIO, "broken")
-
     queue.add(SENDER, [ANN, BOB], MESSAGE)
     relay.refusals.update({BOB: "450 4.2.1 busy"} if refused else {})
     processors = [QueueProcessorThread(queue, relay.mailer()) for _ in range(2)]
@@ -3711,10 +3908,19 @@ def test_what_can_not_be_noted_now_is_noted_later_and_not_sent_again(queue, rela
     assert state(queue).keys() <= {"tmp"}  # litter
 
 
-def test_a_direct_delivery_notes_at_its_next_commit_what_it_could_not_note_at_once(queue, relay, events, monkeypatch):
-    def broken(*_arguments):
-        raise OSError(errno.EIO, "broken")
+def test_what_one_queue_cannot_note_is_no_business_of_the_processor_of_another(tmp_path, relay, events, monkeypatch):
+    mine, other = Maildir(tmp_path / "mine"), Maildir(tmp_path / "other")
+    other.add(SENDER, ANN, MESSAGE)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", broken)
+        QueueProcessorThread(other, relay.mailer()).process()
+    QueueProcessorThread(mine, relay.mailer()).process()
+    assert events == [] and list(state(other)) == ["cur"]
+    QueueProcessorThread(other, relay.mailer()).process()
+    assert len(events) == 1 and state(other) == {}
 
+
+def test_a_direct_delivery_notes_at_its_next_commit_what_it_could_not_note_at_once(queue, relay, events, monkeypatch):
     delivery = DirectMailDelivery(relay.mailer(), fallback=queue)
     with monkeypatch.context() as patch, transaction.manager:
         delivery.send(SENDER, ANN, MESSAGE)
@@ -3761,6 +3967,19 @@ def test_a_commit_wakes_the_processors_once_and_an_abort_never(queue):
         os.close(writer)
 
 
+@pytest.mark.parametrize("how", ["a fallback", "a requeue"])
+def test_what_comes_back_to_the_queue_wakes_the_processors(how, queue, relay, run):
+    [trigger] = queue._open_trigger()
+    relay.close()
+    if how == "a fallback":
+        with transaction.manager:
+            make_delivery("fallback", queue, relay.mailer()).send(SENDER, ANN, MESSAGE)
+    else:
+        assert run("--maildir", queue.path, "--requeue")[0] == 0
+    assert os.read(trigger, 100) == b"\0"
+    os.close(trigger)
+
+
 @pytest.mark.parametrize("kind", ["queued", "fallback"])
 def test_a_committed_message_that_cannot_be_renamed_is_kept_complete_and_told_of(
     delivery, queue, relay, events, caplog
@@ -3783,7 +4002,7 @@ def test_a_committed_message_that_cannot_be_renamed_is_kept_complete_and_told_of
     litter = pathlib.Path(queue.path, "tmp", "1.litter.host")
     litter.write_bytes(complete)
     processor = QueueProcessorThread(queue, relay.mailer())
-    processor._clock = lambda: time.time() + 2 * DAY
+    processor._clock = lambda: time.time() + 360 * DAY
     processor.process()
     assert state(queue)["tmp"] == [stuck]
     assert any(f"tmp/{litter.name}" in record.getMessage() and ANN in record.getMessage() for record in caplog.records)
@@ -3841,6 +4060,14 @@ def test_an_interrupt_in_the_middle_of_finish_leaves_no_committed_message_in_tmp
     assert sorted(delivered(queue, relay)) == [f"n{number}" for number in range(5)]
 
 
+def test_a_bug_in_finish_does_not_reach_the_commit(queue, monkeypatch, caplog):
+    QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
+    monkeypatch.setattr(Maildir, "_wake", lambda _queue: fail_here())
+    transaction.commit()
+    assert list(state(queue)) == ["new"]
+    assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
+
+
 @pytest.mark.parametrize("count", [1, 20])
 def test_a_commit_at_interpreter_exit_succeeds(count, queue):
     code = """if True:
@@ -3869,6 +4096,18 @@ def test_a_direct_delivery_sends_all_over_one_connection(delivery, queue, relay,
     assert relay.sessions == 1 and state(queue) == {}
     assert [(event.message_id, event.toaddrs) for event in events] == [(each, (ANN, BOB)) for each in identifiers]
     assert all(event.response.startswith("250 ") for event in events)
+
+
+@pytest.mark.parametrize("kind", ["direct", "fallback"])
+def test_a_direct_delivery_asks_for_a_hundred_recipients_at_a_time(kind, queue):
+    asked = []
+
+    class Counting:
+        def send(self, fromaddr, toaddrs, message): asked.append(len(toaddrs))
+
+    with transaction.manager:
+        make_delivery(kind, queue, Counting()).send(SENDER, [f"r{number}@x.org" for number in range(250)], MESSAGE)
+    assert asked == [100, 100, 50]
 
 
 @pytest.mark.parametrize("kind, refusal, expected, places", [
@@ -4611,6 +4850,17 @@ def test_options_reach_the_processor(run, queue, relay):
     assert len(state(queue)[".failed/new"]) == 1
 
 
+@pytest.mark.parametrize(("arguments", "settings"), [
+    ("--hostname h --port 26 --timeout 7 --implicit-tls --auth PLAIN",
+     {"hostname": "h", "port": 26, "timeout": 7.0, "implicit_tls": True, "auth": "PLAIN"}),
+    ("--force-tls", {"force_tls": True}), ("--no-tls", {"no_tls": True}), ("", {})])
+def test_options_reach_the_mailer(run, queue, monkeypatch, arguments, settings):
+    got = []
+    monkeypatch.setattr(sendmail, "SMTPMailer", lambda **options: got.append(options) or StreamMailer())
+    assert run("--maildir", queue.path, *arguments.split()) == (0, "", "")
+    assert got == [settings]
+
+
 def test_print_shows_the_messages_instead_of_sending_them(run, queue):
     assert run("--maildir", queue.path, ANN, stdin=b"Subject: Gr\xc3\xbc\xc3\x9fe\n\n\xff.\n") == (0, "", "")
     status, output, errors = run("--maildir", queue.path, "--print")
@@ -4667,11 +4917,11 @@ def test_password_comes_from_the_environment(monkeypatch, run, queue):
 def test_password_file_is_read_at_every_login(background, queue, tmp_path):
     relay = LoginRelay("one|two")
     password = tmp_path / "password"
-    password.write_text("one\r\nignored\n")
+    password.touch()
     call = ["--maildir", queue.path, *to_relay(relay), "--username", "app", "--password-file", password, "--no-tls"]
     daemon = background(sys.executable, MODULE, *call, "--interval", "0.05", stderr=subprocess.PIPE)
     for secret in ("one", "wrong", "two"):
-        password.write_text(secret)
+        password.write_text(f"{secret}\r\nignored\n", newline="")
         queue.add("app@example.com", ANN, MESSAGE)
         wait_until(lambda secret=secret: secret in relay.passwords)
         if secret != "wrong":
