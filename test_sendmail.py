@@ -4700,8 +4700,9 @@ def on_terminal(background: Any, *arguments: Any, columns: int = 80, stderr: boo
     return process.wait(60), output.decode()
 
 
+@pytest.mark.usefixtures("spool")
 @pytest.mark.parametrize("columns", [40, 80, 200])
-def test_list_fits_the_terminal(background, run, queue, spool, columns):
+def test_list_fits_the_terminal(background, run, queue, columns):
     queue.add("app@example.com", [f"recipient{number}@example.com" for number in range(50)], MESSAGE)
     status, output = on_terminal(background, "--maildir", queue.path, "--list", columns=columns)
     assert status == 0
@@ -4928,19 +4929,10 @@ BAD_INPUT = {
     "unknown-sendmail-option": ("--maildir {q} -Z ann@example.com", MESSAGE, 64),
     "option-without-value": ("--maildir {q} --port", b"", 64),
     "value-for-a-flag": ("--maildir {q} --force-tls=yes", b"", 64),
-    "port-a-word": ("--maildir {q} --port smtp", b"", 64),
-    "port-zero": ("--maildir {q} --port 0", b"", 64),
-    "port-too-high": ("--maildir {q} --port 70000", b"", 64),
-    "port-broken": ("--maildir {q} --port 25.5", b"", 64),
-    "port-digits-of-another-script": ("--maildir {q} --port ２５²", b"", 64),
-    "interval-zero": ("--maildir {q} --port {p} --interval 0", b"", 64),
-    "interval-nan": ("--maildir {q} --port {p} --interval nan", b"", 64),
-    "interval-huge": ("--maildir {q} --port 1 --interval 1e300", b"", 64),
-    "timeout-negative": ("--maildir {q} --timeout -1", b"", 64),
-    "timeout-huge": ("--maildir {q} --port {p} --timeout 1e300", b"", 64),
-    "workers-zero": ("--maildir {q} --workers 0", b"", 64),
-    "batch-a-word": ("--maildir {q} --batch all", b"", 64),
-    "max-age-infinite": ("--maildir {q} --port {p} --max-age inf", b"", 64),
+    **{f"no number: {options}": (f"--maildir {{q}} {options}", b"", 64) for options in (
+        "--port smtp", "--port 0", "--port 70000", "--port 25.5", "--port ２５²", "--port {p} --interval 0",
+        "--port {p} --interval nan", "--port 1 --interval 1e300", "--timeout -1", "--port {p} --timeout 1e300",
+        "--workers 0", "--batch all", "--port {p} --max-age inf")},
     "contradiction": ("--maildir {q} --no-tls --force-tls", b"", 64),
     "unknown-mechanism": ("--maildir {q} --auth NOSUCH", b"", 64),
     "user-without-password": ("--maildir {q} --port {p} --username app", b"", 64),
@@ -4976,11 +4968,9 @@ BAD_INPUT = {
     "relay-refuses": ("--maildir {q} --hostname 127.0.0.1 --port 1", b"", 75),
     "host-no-name": ("--maildir {q} --hostname a..b", b"", 75),
     "host-an-address-too-long": ("--maildir {q} --hostname 127.0.0.1.1.1.", b"", 75),
-    "password-file-missing": ("--maildir {q} --port {p} --username app --no-tls --password-file {d}/missing", b"", 75),
-    "password-file-a-directory": ("--maildir {q} --port {p} --username app --no-tls --password-file {d}", b"", 75),
-    "password-file-locked": ("--maildir {q} --port {p} --username app --no-tls --password-file {d}/secret", b"", 75),
-    "password-file-binary": ("--maildir {q} --port {p} --username app --no-tls --password-file {d}/binary", b"", 75),
-    "password-not-ascii": ("--maildir {q} --port {p} --username app --no-tls --password-file {d}/umlaut", b"", 75),
+    **{f"password file: {file}": (
+        f"--maildir {{q}} --port {{p}} --username app --no-tls --password-file {{d}}/{file}", b"", 75)
+       for file in ("missing", ".", "secret", "binary", "umlaut")},
 }  # fmt: skip
 
 
