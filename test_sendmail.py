@@ -376,7 +376,7 @@ def background() -> Iterator[Callable[..., Any]]:
     for process in processes:
         if process.poll() is None:
             process.kill()
-        process.wait()
+        process.wait(20)
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe:
                 pipe.close()
@@ -1845,7 +1845,7 @@ class Bench:
 
     def close(self) -> None:
         self.server.terminate()
-        self.server.communicate()
+        self.server.communicate(timeout=20)
         self.sink.server.close()
 
 
@@ -2275,7 +2275,7 @@ def test_guarantee_3_a_living_claim_is_never_robbed_and_a_dead_one_taken_up_at_o
         assert (counts.sent, counts.left) == (0, 1)
     other._clock = time.time
     slow.kill()
-    slow.wait()
+    slow.wait(20)
     counts = other.process()
     assert (counts.sent, counts.left, state(queue)) == (1, 0, {})
     assert [message.recipients for message in relay.received] == [["ann@x.org"]]
@@ -2304,7 +2304,7 @@ sendmail.QueueProcessorThread({queue.path!r}, Mailer()).process()
     process = background(*python_command(code), stdout=subprocess.PIPE)
     child = int(process.stdout.readline())
     process.kill()
-    process.wait()
+    process.wait(20)
     try:
         os.kill(child, 0)
         assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
@@ -3174,12 +3174,12 @@ def test_four_processes_with_four_workers_killed_at_random_lose_nothing(
         victim = chance.randrange(4)
         if sink.taken:
             processes[victim].kill()
-            assert processes[victim].communicate()[1] == b""
+            assert processes[victim].communicate(timeout=20)[1] == b""
             processes[victim] = start()
             kills += 1
     for process in processes:
         process.terminate()
-        process.communicate()
+        process.communicate(timeout=20)
     wait_until(lambda: not sink.busy)
     assert set(sink.recipients()) == set(everybody)
     assert sink.duplicates_outside_the_window() == []
