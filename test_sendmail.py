@@ -85,10 +85,15 @@ from sendmail import (
     StreamMailer,
 )
 
+# ------------------------------------------------------------------------------------ fakes and fixtures: files, relays
+
 MODULE = pathlib.Path(sendmail.__file__)
 MESSAGE = b"Message-Id: <m1@example.com>\nDate: Tue, 24 Nov 2026 10:00:00 +0000\nSubject: Hello\n\nHello, Ann.\n"
 SENDER, ANN, BOB = "app@example.com", "ann@example.com", "bob@example.com"
 SUBDIRECTORIES = ("tmp", "new", "cur", ".failed/new", ".failed/cur")
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # for thousands of files: a disk would need minutes
+KINDS = ["queued", "direct", "fallback"]
+PHASES = ["tpc_begin", "commit", "tpc_vote", "tpc_finish"]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
@@ -116,6 +121,28 @@ def content(queue: Maildir | os.PathLike[str] | str) -> list[bytes]:
     """The contents of all files in a queue, in the order of `state`."""
     root = pathlib.Path(getattr(queue, "path", queue))
     return [(root / d / name).read_bytes() for d, names in state(queue).items() for name in names]
+
+
+def queued(queue: Maildir) -> tuple[str, list[str], bytes]:
+    """Sender, recipients and message of the only file in the queue."""
+    [file] = content(queue)
+    found = re.fullmatch(rb"X-Zope-From: (.*)\nX-Zope-To: (.*)\n((?s:.*))", file)
+    assert found, file
+    return found[1].decode(), found[2].decode().split(", "), found[3]
+
+
+def standing(root: pathlib.Path, directory: str) -> list[str]:
+    """The recipients that stand in the files of a directory, each of which must be complete."""
+    found = []
+    for path in (root / directory).glob("[!.]*"):
+        text = path.read_bytes()
+        assert text.startswith(b"X-Zope-From: app@x.org\nX-Zope-To: ") and text.endswith(MESSAGE), (path, text)
+        found += text.split(b"\n")[1].decode().removeprefix("X-Zope-To: ").split(", ")
+    return sorted(found)
+
+
+def standing_recipients(queue: Maildir) -> dict[str, list[str]]:
+    return {directory: standing(pathlib.Path(queue.path), directory) for directory in state(queue)}
 
 
 @dataclasses.dataclass
@@ -316,6 +343,214 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
         server.close()
 
 
+USUAL = {
+    "greeting": "220 scripted ESMTP", "MAIL": "250 2.1.0 Ok", "RCPT": "250 2.1.5 Ok", "DATA": "354 go on",
+    "end": "250 2.0.0 Ok: queued", "STARTTLS": "220 2.0.0 go on", "AUTH": "235 2.7.0 Ok",
+    "QUIT": "221 2.0.0 Bye"}
+
+
+def answering(*extensions: str, tls: ssl.SSLContext | None = None, **answers: Any) -> Callable[[Any], None]:
+    """A dialogue of the usual answers, but for *answers* by verb, "greeting", or "end" (of the data).
+
+    An answer is a text, a callable of line and connection, "" (silence from here on; so after a 421), or None (the
+    connection is closed).  `connection.messages` is what came as data.
+    """
+    hello = ["scripted", *extensions]
+    ehlo = "\n".join(["250-" + line for line in hello[:-1]] + ["250 " + hello[-1]])
+
+    def dialogue(connection: Any) -> None:
+        def answer(verb: str, line: str = "") -> str:
+            text = {**USUAL, "EHLO": ehlo, **answers}.get(verb, "250 2.0.0 Ok")
+            text = text(line, connection) if callable(text) else text
+            if text:
+                connection.say(text)
+            if text == "" or text and text.startswith("421"):
+                while connection.line():
+                    pass
+            if not text or text.startswith("421"):
+                raise ConnectionError
+            return text
+
+        connection.messages = []
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        answer("greeting")
+        while line := connection.line():
+            verb = line.partition(" ")[0].upper()
+            text = answer(verb, line)
+            if verb == "DATA" and text.startswith("354"):
+                connection.messages += filter(None, [connection.data()])
+                answer("end")
+            elif verb == "STARTTLS" and text.startswith("220") and tls:
+                secure(connection, tls)
+
+    return dialogue
+
+
+def secure(connection: Any, tls: ssl.SSLContext) -> None:
+    connection.sock = tls.wrap_socket(connection.sock, server_side=True)
+    connection.file = connection.sock.makefile("rb")
+
+
+def reply_to(verb: str, reply: str) -> Callable[[Connection], None]:
+    """A relay that offers AUTH, and answers one command in its own way."""
+
+    def dialogue(connection: Connection) -> None:
+        connection.greet("AUTH PLAIN")
+        while line := connection.line():
+            connection.say(reply if line.startswith(verb) else "250 2.0.0 Ok")
+
+    return dialogue
+
+
+def smtp_send(server: Any, *recipients: str, message: bytes = MESSAGE, **options: Any) -> dict[str, Reply]:
+    return server.mailer(**options).send("a@x.org", recipients or ["b@x.org"], message)
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_tls(authority: trustme.CA, identity: str = "127.0.0.1", **validity: Any) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(identity, **validity).configure_cert(context)
+    return context
+
+
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+def tls_dialogue(tls: ssl.SSLContext, implicit: bool = False, **answers: Any) -> Callable[[Any], None]:
+    """STARTTLS is offered, and AUTH only under TLS; or, if *implicit*, all is under TLS."""
+    def dialogue(connection: Any) -> None:
+        if implicit:
+            secure(connection, tls)
+        answering(tls=tls, **{"EHLO": ehlo, **answers})(connection)
+
+    def ehlo(_line: str, connection: Any) -> str:
+        return f"250-scripted\n250 {'AUTH PLAIN' if isinstance(connection.sock, ssl.SSLSocket) else 'STARTTLS'}"
+
+    return dialogue
+
+
+LONG_AGO = {"not_before": datetime.datetime(2001, 1, 1), "not_after": datetime.datetime(2002, 1, 1)}
+
+
+def verbs(connection: Any) -> list[str]:
+    return [line.partition(" ")[0].upper() for line in connection.lines if line]
+
+
+class Sink:
+    """A relay that keeps account of what each connection took, and whether it was heard of again after that.
+
+    It defers recipients called `deferred…` and refuses those called `refused…`; while `gate` is clear, it takes
+    messages and does not say so; otherwise it does so after `delay` seconds.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, Connection, bytes]] = []
+        self.last: dict[Connection, list[str]] = {}  # whom a connection took it for when it was last heard of
+        self.gate = threading.Event()
+        self.gate.set()
+        self.delay = 0.0
+        self.busy = 0
+        self.lock = threading.Lock()
+        self.server = Scripted(self._serve)
+        self.host, self.port = self.server.host, self.server.port
+
+    def mailer(self) -> SMTPMailer:
+        return SMTPMailer("127.0.0.1", self.port, timeout=30)
+
+    def _serve(self, connection: Connection) -> None:
+        with self.lock:
+            self.busy += 1
+        try:
+            self._talk(connection)
+        finally:
+            with self.lock:
+                self.busy -= 1
+
+    def _talk(self, connection: Connection) -> None:
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.greet("PIPELINING")
+        accepted: list[str] = []
+        while line := connection.line():
+            self.last[connection] = []  # what was taken before this line was certainly settled
+            if line.startswith("RCPT"):
+                address = line[len("RCPT TO:<") : -1]
+                reply = {"deferr": "450 4.2.1 busy", "refuse": "550 5.1.1 unknown"}.get(address[:6], "250 2.1.5 Ok")
+                accepted += [address] * reply.startswith("250")
+                connection.say(reply)
+            elif line == "DATA" and accepted:
+                connection.say("354 go on")
+                lines = []
+                while (data := connection.file.readline()) != b".\r\n":
+                    if not data:
+                        return
+                    lines.append(data)
+                self.last[connection] = accepted
+                with self.lock:
+                    self.taken += [(address, connection, b"".join(lines)) for address in accepted]
+                self.gate.wait(60)
+                time.sleep(self.delay)
+                connection.say("250 2.0.0 Ok: queued")
+                accepted = []
+            else:
+                accepted = [] if line.startswith("MAIL") else accepted
+                connection.say("554 5.5.1 no valid recipients" if line == "DATA" else "250 2.0.0 Ok")
+
+    def recipients(self) -> list[str]:
+        return sorted(address for address, _, _ in self.taken)
+
+    def duplicates(self) -> list[str]:
+        """Those recipients who got the message more than once."""
+        return sorted(address for address, n in collections.Counter(self.recipients()).items() if n > 1)
+
+    def duplicates_outside_the_window(self) -> list[str]:
+        """Those among them to whom it was sent again although its first sender lived on after the relay's reply."""
+        takings = [[c for a, c, _ in self.taken if a == address] for address in self.duplicates()]
+        return [address for address, connections in zip(self.duplicates(), takings, strict=True)
+                if any(address not in self.last[earlier] for earlier in connections[:-1])]
+
+
+@pytest.fixture
+def sink() -> Iterator[Sink]:
+    server = Sink()
+    yield server
+    server.gate.set()
+    server.server.close()
+
+
+def brief(value: Any) -> str:
+    return repr(value)[:60]
+
+
+COUNTS = {"sent": (1, 0, 0, 0), "deferred": (0, 1, 0, 1), "failed": (0, 0, 1, 0), "outage": (0, 0, 0, 1)}
+
+
+class Does:
+    """A mailer that returns or raises *what*."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def send(self, fromaddr, toaddrs, message):
+        if isinstance(self.what, BaseException):
+            raise self.what
+        return self.what
+
+
+# ---------------------------------------------------------------------- fakes and fixtures: processes, under strace too
+
+
 def python_command(code: str, *arguments: Any, module: Any = MODULE, options: Any = ()) -> list[Any]:
     """The command that runs *code* in a process of its own, with *module* at hand."""
     path = f"import sys; sys.path.insert(0, {str(module.parent)!r})\n"
@@ -336,6 +571,17 @@ def command_line(*arguments: Any, stdin: bytes = b"", env: dict[str, str] | None
         [sys.executable, str(MODULE), *map(str, arguments)], input=stdin, capture_output=True, timeout=60,
         env={**os.environ, **(env or {})}, check=False, **options,
     )
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call `main` here: exit status, standard output, standard error."""
+
+    def call(*arguments: Any, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        return (sendmail.main([str(argument) for argument in arguments]), *capsys.readouterr())
+
+    return call
 
 
 @contextlib.contextmanager
@@ -382,15 +628,279 @@ def background() -> Iterator[Callable[..., Any]]:
                 pipe.close()
 
 
+FORK_SERVER = """
+import ctypes, json, logging, os, signal, sys, time
+import sendmail, transaction
+
+def tell(text):
+    os.writev(account, [text.replace("\\n", "<LF>").encode() + b"\\n"])
+
+class Tell(logging.Handler):
+    def emit(self, record):
+        tell(f"log {record.levelname} {record.getMessage()}{' TRACEBACK' if record.exc_info else ''}")
+
+logging.getLogger("sendmail").addHandler(Tell())
+sendmail.subscribe(lambda event: tell(f"{type(event).__name__} {' '.join(event.toaddrs)}"))
+for line in sys.stdin:
+    job = json.loads(line)
+    child = 0 if job.get("warm_up") else os.fork()
+    if child:
+        os.waitpid(child, os.WUNTRACED)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    account = os.open(job["account"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    if "warm_up" not in job:
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))  # PR_SET_PTRACER, any: for kernels with Yama
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        exec(job["code"], {**globals(), **job["names"]})
+    except BaseException as error:
+        tell(f"raised {type(error).__name__}: {error}")
+    if "warm_up" not in job:
+        os.getppid()  # marks the end in a trace
+        os._exit(0)
+    print("ready", flush=True)
+"""
+
+
+@dataclasses.dataclass
+class Run:
+    """What a process under strace told, how it ended, and its calls up to the marker."""
+
+    told: list[str]
+    status: int
+    calls: list[tuple[str, str]]
+
+    def count(self) -> collections.Counter[str]:
+        return collections.Counter(name for name, _ in self.calls)
+
+    def find(self, call: str, text: str = "", start: int = 0) -> int:
+        """The index of the first such call from *start* on."""
+        return next(i for i, c in enumerate(self.calls) if i >= start and c[0] == call and text in c[1])
+
+
+class Bench:
+    """Forks processes, each under strace from its first call on, from one that has imported everything; and a sink."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        directory.mkdir()
+        self.sink = Sink()
+        self.server: Any = subprocess.Popen(
+            python_command(FORK_SERVER), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=(directory / "stderr").open("w"))
+        Maildir(directory / "warm-up").add("app@x.org", ["warm@x.org", "refused@x.org"], MESSAGE)
+        self._job(PASS, directory / "warm-up", warm_up=True)
+        assert self.server.stdout.readline() == "ready\n"
+
+    def _job(self, code: str, root: pathlib.Path, **more: Any) -> None:
+        names = {"path": str(root), "port": self.sink.port, "message": MESSAGE.decode(), **more.pop("names", {})}
+        self.account = root.with_name(root.name + ".account")
+        job = {"code": code, "account": str(self.account), "names": names, **more}
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+
+    def run(self, code: str, root: pathlib.Path, *options: str, **names: Any) -> Run:
+        self._job(code, root, names=names)
+        pid = int(self.server.stdout.readline())
+        trace = root.with_name(root.name + ".trace")
+        command = ["strace", "-f", "-y", "-s", "200", "-o", str(trace), *options, "-p", str(pid)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as strace:
+            assert strace.stderr and b"attached" in strace.stderr.readline()
+            os.kill(pid, signal.SIGCONT)
+            try:
+                strace.wait(120)
+            except subprocess.TimeoutExpired:
+                os.kill(pid, signal.SIGKILL)
+                raise AssertionError(f"it does not end: {options}") from None
+        status = int(self.server.stdout.readline())
+        lines = [line.split(None, 1)[1] for line in trace.read_text(errors="replace").splitlines()]
+        found = [m for line in lines if (m := re.match(r"(<\.\.\. )?(\w+)(?:\(| resumed>)(.*)", line))]
+        calls = [(m[2] + " resumed" * bool(m[1]), m[3]) for m in found]
+        marker = next((i for i, call in enumerate(calls) if call[0] == "getppid"), len(calls))
+        return Run(self.account.read_text().splitlines(), status, calls[:marker])
+
+    def close(self) -> None:
+        self.server.terminate()
+        self.server.communicate(timeout=20)
+        self.sink.server.close()
+
+
+class Benches:
+    """Two of them, for two cores."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.free: SimpleQueue[Bench] = SimpleQueue()
+        self.all = [Bench(directory / "bench1"), Bench(directory / "bench2")]
+        for bench in self.all:
+            self.free.put(bench)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[Bench]:
+        bench = self.free.get()
+        try:
+            bench.sink.taken.clear()
+            yield bench
+        finally:
+            self.free.put(bench)
+
+    def sweep(self, experiment: Callable[..., Any], cases: list[Any]) -> list[Any]:
+        def run(number: int) -> Any:
+            with self.one() as bench:
+                root = bench.directory / f"{experiment.__name__}{number}"
+                result = experiment(bench, root, *cases[number])
+                shutil.rmtree(root, ignore_errors=True)
+                return result
+
+        with concurrent.futures.ThreadPoolExecutor(len(self.all)) as pool:
+            return list(pool.map(run, range(len(cases))))
+
+
+@pytest.fixture(scope="module")
+def benches() -> Iterator[Benches]:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
+        benches = Benches(pathlib.Path(directory))
+        yield benches
+        for bench in benches.all:
+            bench.close()
+
+
+@pytest.fixture
+def bench(benches: Benches) -> Iterator[Bench]:
+    with benches.one() as bench:
+        yield bench
+
+
+ENQUEUE = """
+try:
+    delivery = sendmail.QueuedMailDelivery(sendmail.Maildir(path))
+    for number in range(count):
+        delivery.send("app@x.org", [f"plain{number}@x.org"], message)
+    transaction.commit()
+    tell("committed")
+except Exception as error:
+    transaction.abort()
+    tell(f"raised {type(error).__name__}: {error}")
+"""
+PASS = """
+processor = None
+for _ in range(globals().get("passes", 1)):
+    try:
+        processor = processor or sendmail.QueueProcessorThread(
+            path, sendmail.SMTPMailer("127.0.0.1", port, timeout=30))
+        processor.process()
+    except Exception as error:
+        tell(f"raised {type(error).__name__}: {error}")
+"""
+QUIET = {"brk", "mmap", "munmap", "mprotect", "mremap", "madvise", "futex", "getpid", "gettid", "uname", "getrandom",
+         "rt_sigreturn", "rt_sigprocmask", "rt_sigaction", "restart_syscall", "exit", "exit_group", "clone", "clone3"}
+
+
+def mixed_queue(root: pathlib.Path) -> Maildir:
+    """A plain message, one that has three fates, and the claim of a processor that died."""
+    queue = Maildir(root)
+    queue.add("app@x.org", ["plain@x.org"], MESSAGE)
+    queue.add("app@x.org", ["sent@x.org", "deferred@x.org", "refused@x.org"], MESSAGE)
+    names = state(queue)["new"]
+    queue.add("app@x.org", ["dead@x.org"], MESSAGE)
+    (dead,) = set(state(queue)["new"]) - set(names)
+    os.rename(root / "new" / dead, root / "cur" / dead)
+    return queue
+
+
+def sent_events(run: Run) -> set[str]:
+    return {address for line in run.told if line.startswith("MailSentEvent") for address in line.split()[1:]}
+
+
+# ------------------------------------------------------------------------- fakes and fixtures: deliveries, transactions
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    """Which delivery: `direct` has no queue, `fallback` is a direct one that has."""
+    return request.param
+
+
+@pytest.fixture
+def delivery(kind, queue, relay):
+    return make_delivery(kind, queue, relay.mailer())
+
+
+def make_delivery(kind, queue, mailer, manager=None):
+    if kind == "queued":
+        return QueuedMailDelivery(queue, manager)
+    return DirectMailDelivery(mailer, manager, fallback=queue if kind == "fallback" else None)
+
+
+def a_message(subject):
+    return b"Message-Id: <%s@example.com>\nDate: Tue, 24 Nov 2026 10:00:00 +0000\nSubject: %s\n\nHello.\n" % (
+        (subject.encode(),) * 2)
+
+
+def subjects(messages):
+    """What identifies the messages that a relay has received, or that files hold."""
+    return [re.search(rb"Subject: (\w+)", getattr(message, "content", message))[1].decode() for message in messages]
+
+
+def delivered(queue, relay):
+    """All that comes out, at once or by a pass of a processor, which must leave nothing behind."""
+    QueueProcessorThread(queue, relay.mailer()).process()
+    assert state(queue) == {}
+    return subjects(relay.received)
+
+
+class OtherManager:
+    """Another data manager, which does *act* in one phase."""
+
+    transaction_manager = transaction.manager
+
+    def __init__(self, phase="", act=lambda: None, key="database"):
+        self.phase, self.act, self.key, self.phases = phase, act, key, []
+
+    def __getattr__(self, name):
+        if name not in (*PHASES, "abort", "tpc_abort"):
+            raise AttributeError(name)
+        return lambda _transaction: (self.phases.append(name), self.act() if name == self.phase else None)
+
+    def sortKey(self):
+        return self.key
+
+
+def fail_here():
+    raise RuntimeError("broken")
+
+
+@pytest.fixture
+def sqlite(tmp_path):
+    """A session of SQLAlchemy, joined to transactions by zope.sqlalchemy; what other connections see; how to insert."""
+    sqlalchemy = pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
+    integration = pytest.importorskip("zope.sqlalchemy", reason="zope.sqlalchemy is not installed")
+    path = tmp_path / "data.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE customer (id INTEGER PRIMARY KEY, guarantor INTEGER"
+                           " REFERENCES customer DEFERRABLE INITIALLY DEFERRED)")
+    engine = sqlalchemy.create_engine(f"sqlite:///{path}")
+    sqlalchemy.event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys = ON"))
+    session = sqlalchemy.orm.Session(engine)
+    integration.register(session)
+
+    def insert(number, guarantor):
+        session.execute(sqlalchemy.text("INSERT INTO customer VALUES (:n, :g)"), {"n": number, "g": guarantor})
+        integration.mark_changed(session)
+
+    def rows():
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            return connection.execute("SELECT count(*) FROM customer").fetchone()[0]
+
+    yield insert, rows
+    transaction.abort()
+    engine.dispose()
+
+
 # ==================================================================================================== the envelope
-
-
-def queued(queue: Maildir) -> tuple[str, list[str], bytes]:
-    """Sender, recipients and message of the only file in the queue."""
-    [file] = content(queue)
-    found = re.fullmatch(rb"X-Zope-From: (.*)\nX-Zope-To: (.*)\n((?s:.*))", file)
-    assert found, file
-    return found[1].decode(), found[2].decode().split(", "), found[3]
 
 
 @pytest.mark.parametrize("message", [MESSAGE, MESSAGE.replace(b"\n", b"\r\n"), MESSAGE + b"\0\xff\r\n.\n\r", MESSAGE[:-1]])
@@ -511,25 +1021,6 @@ def test_the_text_of_a_reply_is_one_printable_line(text, line):
     assert Reply(550, text).text == line
 
 
-def brief(value: Any) -> str:
-    return repr(value)[:60]
-
-
-COUNTS = {"sent": (1, 0, 0, 0), "deferred": (0, 1, 0, 1), "failed": (0, 0, 1, 0), "outage": (0, 0, 0, 1)}
-
-
-class Does:
-    """A mailer that returns or raises *what*."""
-
-    def __init__(self, what):
-        self.what = what
-
-    def send(self, fromaddr, toaddrs, message):
-        if isinstance(self.what, BaseException):
-            raise self.what
-        return self.what
-
-
 @pytest.mark.parametrize(("does", "outcome", "status"), [
     (None, "sent", None),
     ({"b@x.org": Reply(250, "2.0.0 Ok")}, "sent", None),
@@ -613,59 +1104,6 @@ def test_guarantee_1_every_recipient_has_its_own_fate_and_stands_in_a_file_until
 
 # ---------------------------------------------------------------------------------- the mailer: replies on the wire
 
-
-USUAL = {
-    "greeting": "220 scripted ESMTP", "MAIL": "250 2.1.0 Ok", "RCPT": "250 2.1.5 Ok", "DATA": "354 go on",
-    "end": "250 2.0.0 Ok: queued", "STARTTLS": "220 2.0.0 go on", "AUTH": "235 2.7.0 Ok",
-    "QUIT": "221 2.0.0 Bye"}
-
-
-def answering(*extensions: str, tls: ssl.SSLContext | None = None, **answers: Any) -> Callable[[Any], None]:
-    """A dialogue of the usual answers, but for *answers* by verb, "greeting", or "end" (of the data).
-
-    An answer is a text, a callable of line and connection, "" (silence from here on; so after a 421), or None (the
-    connection is closed).  `connection.messages` is what came as data.
-    """
-    hello = ["scripted", *extensions]
-    ehlo = "\n".join(["250-" + line for line in hello[:-1]] + ["250 " + hello[-1]])
-
-    def dialogue(connection: Any) -> None:
-        def answer(verb: str, line: str = "") -> str:
-            text = {**USUAL, "EHLO": ehlo, **answers}.get(verb, "250 2.0.0 Ok")
-            text = text(line, connection) if callable(text) else text
-            if text:
-                connection.say(text)
-            if text == "" or text and text.startswith("421"):
-                while connection.line():
-                    pass
-            if not text or text.startswith("421"):
-                raise ConnectionError
-            return text
-
-        connection.messages = []
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        answer("greeting")
-        while line := connection.line():
-            verb = line.partition(" ")[0].upper()
-            text = answer(verb, line)
-            if verb == "DATA" and text.startswith("354"):
-                connection.messages += filter(None, [connection.data()])
-                answer("end")
-            elif verb == "STARTTLS" and text.startswith("220") and tls:
-                secure(connection, tls)
-
-    return dialogue
-
-
-def secure(connection: Any, tls: ssl.SSLContext) -> None:
-    connection.sock = tls.wrap_socket(connection.sock, server_side=True)
-    connection.file = connection.sock.makefile("rb")
-
-
-def smtp_send(server: Any, *recipients: str, message: bytes = MESSAGE, **options: Any) -> dict[str, Reply]:
-    return server.mailer(**options).send("a@x.org", recipients or ["b@x.org"], message)
-
-
 PIPELINING = pytest.mark.parametrize("pipelining", [(), ("PIPELINING",)], ids=["stepwise", "pipelined"])
 LOGIN_WANTED = [f"{code} 5.7.0 log in first" for code in (530, 534, 535, 538)]
 
@@ -687,11 +1125,6 @@ def test_what_goes_wrong_before_mail_is_answered_is_an_outage(queue, events, scr
     assert (counts.sent, counts.deferred, counts.failed, counts.left) == COUNTS["outage"]
     assert (state(queue), events) == (before, [])
     assert len(server.connections) <= 3  # the processor's connection stood before its message came: reopened once
-
-
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def test_a_relay_that_is_not_there_is_an_outage():
@@ -963,45 +1396,9 @@ def test_the_mailer_speaks_to_an_ipv6_relay(queue):
 
 # ------------------------------------------------------------------------------------------------ the mailer: TLS, AUTH
 
-
-@pytest.fixture(scope="session")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-def server_tls(authority: trustme.CA, identity: str = "127.0.0.1", **validity: Any) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(identity, **validity).configure_cert(context)
-    return context
-
-
-def trusting(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    return context
-
-
-def tls_dialogue(tls: ssl.SSLContext, implicit: bool = False, **answers: Any) -> Callable[[Any], None]:
-    """STARTTLS is offered, and AUTH only under TLS; or, if *implicit*, all is under TLS."""
-    def dialogue(connection: Any) -> None:
-        if implicit:
-            secure(connection, tls)
-        answering(tls=tls, **{"EHLO": ehlo, **answers})(connection)
-
-    def ehlo(_line: str, connection: Any) -> str:
-        return f"250-scripted\n250 {'AUTH PLAIN' if isinstance(connection.sock, ssl.SSLSocket) else 'STARTTLS'}"
-
-    return dialogue
-
-
 LOGIN = {"username": "ann", "password": "secret"}
 REQUIRED = pytest.mark.parametrize("options", [
     {"force_tls": True}, {"implicit_tls": True}, LOGIN, {"implicit_tls": True, **LOGIN}], ids=lambda o: " ".join(o))
-LONG_AGO = {"not_before": datetime.datetime(2001, 1, 1), "not_after": datetime.datetime(2002, 1, 1)}
-
-
-def verbs(connection: Any) -> list[str]:
-    return [line.partition(" ")[0].upper() for line in connection.lines if line]
 
 
 @REQUIRED
@@ -1461,7 +1858,6 @@ def test_a_closed_stream_is_an_outage(queue, tmp_path):
 
 # --------------------------------------------------------------------------------------------------- the mailer: Postfix
 
-
 MAIN_CF = """
 compatibility_level = 3.6
 queue_directory = {root}/spool
@@ -1662,289 +2058,7 @@ def test_postfix_that_closes_after_too_many_errors_hurts_no_message(queue, postf
 # ==================================================================================================== the queue and the processor
 
 
-MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # for thousands of files: a disk would need minutes
-
-# ------------------------------------------------------------------------------------- a relay that keeps account
-
-
-class Sink:
-    """A relay that keeps account of what each connection took, and whether it was heard of again after that.
-
-    It defers recipients called `deferred…` and refuses those called `refused…`; while `gate` is clear, it takes
-    messages and does not say so; otherwise it does so after `delay` seconds.
-    """
-
-    def __init__(self) -> None:
-        self.taken: list[tuple[str, Connection, bytes]] = []
-        self.last: dict[Connection, list[str]] = {}  # whom a connection took it for when it was last heard of
-        self.gate = threading.Event()
-        self.gate.set()
-        self.delay = 0.0
-        self.busy = 0
-        self.lock = threading.Lock()
-        self.server = Scripted(self._serve)
-        self.host, self.port = self.server.host, self.server.port
-
-    def mailer(self) -> SMTPMailer:
-        return SMTPMailer("127.0.0.1", self.port, timeout=30)
-
-    def _serve(self, connection: Connection) -> None:
-        with self.lock:
-            self.busy += 1
-        try:
-            self._talk(connection)
-        finally:
-            with self.lock:
-                self.busy -= 1
-
-    def _talk(self, connection: Connection) -> None:
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.greet("PIPELINING")
-        accepted: list[str] = []
-        while line := connection.line():
-            self.last[connection] = []  # what was taken before this line was certainly settled
-            if line.startswith("RCPT"):
-                address = line[len("RCPT TO:<") : -1]
-                reply = {"deferr": "450 4.2.1 busy", "refuse": "550 5.1.1 unknown"}.get(address[:6], "250 2.1.5 Ok")
-                accepted += [address] * reply.startswith("250")
-                connection.say(reply)
-            elif line == "DATA" and accepted:
-                connection.say("354 go on")
-                lines = []
-                while (data := connection.file.readline()) != b".\r\n":
-                    if not data:
-                        return
-                    lines.append(data)
-                self.last[connection] = accepted
-                with self.lock:
-                    self.taken += [(address, connection, b"".join(lines)) for address in accepted]
-                self.gate.wait(60)
-                time.sleep(self.delay)
-                connection.say("250 2.0.0 Ok: queued")
-                accepted = []
-            else:
-                accepted = [] if line.startswith("MAIL") else accepted
-                connection.say("554 5.5.1 no valid recipients" if line == "DATA" else "250 2.0.0 Ok")
-
-    def recipients(self) -> list[str]:
-        return sorted(address for address, _, _ in self.taken)
-
-    def duplicates(self) -> list[str]:
-        """Those recipients who got the message more than once."""
-        return sorted(address for address, n in collections.Counter(self.recipients()).items() if n > 1)
-
-    def duplicates_outside_the_window(self) -> list[str]:
-        """Those among them to whom it was sent again although its first sender lived on after the relay's reply."""
-        takings = [[c for a, c, _ in self.taken if a == address] for address in self.duplicates()]
-        return [address for address, connections in zip(self.duplicates(), takings, strict=True)
-                if any(address not in self.last[earlier] for earlier in connections[:-1])]
-
-
-@pytest.fixture
-def sink() -> Iterator[Sink]:
-    server = Sink()
-    yield server
-    server.gate.set()
-    server.server.close()
-
-
 # ------------------------------------------------------------------- processes under strace, killed or disturbed
-
-FORK_SERVER = """
-import ctypes, json, logging, os, signal, sys, time
-import sendmail, transaction
-
-def tell(text):
-    os.writev(account, [text.replace("\\n", "<LF>").encode() + b"\\n"])
-
-class Tell(logging.Handler):
-    def emit(self, record):
-        tell(f"log {record.levelname} {record.getMessage()}{' TRACEBACK' if record.exc_info else ''}")
-
-logging.getLogger("sendmail").addHandler(Tell())
-sendmail.subscribe(lambda event: tell(f"{type(event).__name__} {' '.join(event.toaddrs)}"))
-for line in sys.stdin:
-    job = json.loads(line)
-    child = 0 if job.get("warm_up") else os.fork()
-    if child:
-        os.waitpid(child, os.WUNTRACED)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    account = os.open(job["account"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    if "warm_up" not in job:
-        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))  # PR_SET_PTRACER, any: for kernels with Yama
-        os.kill(os.getpid(), signal.SIGSTOP)
-    try:
-        exec(job["code"], {**globals(), **job["names"]})
-    except BaseException as error:
-        tell(f"raised {type(error).__name__}: {error}")
-    if "warm_up" not in job:
-        os.getppid()  # marks the end in a trace
-        os._exit(0)
-    print("ready", flush=True)
-"""
-
-
-@dataclasses.dataclass
-class Run:
-    """What a process under strace told, how it ended, and its calls up to the marker."""
-
-    told: list[str]
-    status: int
-    calls: list[tuple[str, str]]
-
-    def count(self) -> collections.Counter[str]:
-        return collections.Counter(name for name, _ in self.calls)
-
-    def find(self, call: str, text: str = "", start: int = 0) -> int:
-        """The index of the first such call from *start* on."""
-        return next(i for i, c in enumerate(self.calls) if i >= start and c[0] == call and text in c[1])
-
-
-class Bench:
-    """Forks processes, each under strace from its first call on, from one that has imported everything; and a sink."""
-
-    def __init__(self, directory: pathlib.Path) -> None:
-        self.directory = directory
-        directory.mkdir()
-        self.sink = Sink()
-        self.server: Any = subprocess.Popen(
-            python_command(FORK_SERVER), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            stderr=(directory / "stderr").open("w"))
-        Maildir(directory / "warm-up").add("app@x.org", ["warm@x.org", "refused@x.org"], MESSAGE)
-        self._job(PASS, directory / "warm-up", warm_up=True)
-        assert self.server.stdout.readline() == "ready\n"
-
-    def _job(self, code: str, root: pathlib.Path, **more: Any) -> None:
-        names = {"path": str(root), "port": self.sink.port, "message": MESSAGE.decode(), **more.pop("names", {})}
-        self.account = root.with_name(root.name + ".account")
-        job = {"code": code, "account": str(self.account), "names": names, **more}
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-
-    def run(self, code: str, root: pathlib.Path, *options: str, **names: Any) -> Run:
-        self._job(code, root, names=names)
-        pid = int(self.server.stdout.readline())
-        trace = root.with_name(root.name + ".trace")
-        command = ["strace", "-f", "-y", "-s", "200", "-o", str(trace), *options, "-p", str(pid)]
-        with subprocess.Popen(command, stderr=subprocess.PIPE) as strace:
-            assert strace.stderr and b"attached" in strace.stderr.readline()
-            os.kill(pid, signal.SIGCONT)
-            try:
-                strace.wait(120)
-            except subprocess.TimeoutExpired:
-                os.kill(pid, signal.SIGKILL)
-                raise AssertionError(f"it does not end: {options}") from None
-        status = int(self.server.stdout.readline())
-        lines = [line.split(None, 1)[1] for line in trace.read_text(errors="replace").splitlines()]
-        found = [m for line in lines if (m := re.match(r"(<\.\.\. )?(\w+)(?:\(| resumed>)(.*)", line))]
-        calls = [(m[2] + " resumed" * bool(m[1]), m[3]) for m in found]
-        marker = next((i for i, call in enumerate(calls) if call[0] == "getppid"), len(calls))
-        return Run(self.account.read_text().splitlines(), status, calls[:marker])
-
-    def close(self) -> None:
-        self.server.terminate()
-        self.server.communicate(timeout=20)
-        self.sink.server.close()
-
-
-class Benches:
-    """Two of them, for two cores."""
-
-    def __init__(self, directory: pathlib.Path) -> None:
-        self.free: SimpleQueue[Bench] = SimpleQueue()
-        self.all = [Bench(directory / "bench1"), Bench(directory / "bench2")]
-        for bench in self.all:
-            self.free.put(bench)
-
-    @contextlib.contextmanager
-    def one(self) -> Iterator[Bench]:
-        bench = self.free.get()
-        try:
-            bench.sink.taken.clear()
-            yield bench
-        finally:
-            self.free.put(bench)
-
-    def sweep(self, experiment: Callable[..., Any], cases: list[Any]) -> list[Any]:
-        def run(number: int) -> Any:
-            with self.one() as bench:
-                root = bench.directory / f"{experiment.__name__}{number}"
-                result = experiment(bench, root, *cases[number])
-                shutil.rmtree(root, ignore_errors=True)
-                return result
-
-        with concurrent.futures.ThreadPoolExecutor(len(self.all)) as pool:
-            return list(pool.map(run, range(len(cases))))
-
-
-@pytest.fixture(scope="module")
-def benches() -> Iterator[Benches]:
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
-    with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
-        benches = Benches(pathlib.Path(directory))
-        yield benches
-        for bench in benches.all:
-            bench.close()
-
-
-@pytest.fixture
-def bench(benches: Benches) -> Iterator[Bench]:
-    with benches.one() as bench:
-        yield bench
-
-
-ENQUEUE = """
-try:
-    delivery = sendmail.QueuedMailDelivery(sendmail.Maildir(path))
-    for number in range(count):
-        delivery.send("app@x.org", [f"plain{number}@x.org"], message)
-    transaction.commit()
-    tell("committed")
-except Exception as error:
-    transaction.abort()
-    tell(f"raised {type(error).__name__}: {error}")
-"""
-PASS = """
-processor = None
-for _ in range(globals().get("passes", 1)):
-    try:
-        processor = processor or sendmail.QueueProcessorThread(
-            path, sendmail.SMTPMailer("127.0.0.1", port, timeout=30))
-        processor.process()
-    except Exception as error:
-        tell(f"raised {type(error).__name__}: {error}")
-"""
-QUIET = {"brk", "mmap", "munmap", "mprotect", "mremap", "madvise", "futex", "getpid", "gettid", "uname", "getrandom",
-         "rt_sigreturn", "rt_sigprocmask", "rt_sigaction", "restart_syscall", "exit", "exit_group", "clone", "clone3"}
-
-
-def mixed_queue(root: pathlib.Path) -> Maildir:
-    """A plain message, one that has three fates, and the claim of a processor that died."""
-    queue = Maildir(root)
-    queue.add("app@x.org", ["plain@x.org"], MESSAGE)
-    queue.add("app@x.org", ["sent@x.org", "deferred@x.org", "refused@x.org"], MESSAGE)
-    names = state(queue)["new"]
-    queue.add("app@x.org", ["dead@x.org"], MESSAGE)
-    (dead,) = set(state(queue)["new"]) - set(names)
-    os.rename(root / "new" / dead, root / "cur" / dead)
-    return queue
-
-
-def standing(root: pathlib.Path, directory: str) -> list[str]:
-    """The recipients that stand in the files of a directory, each of which must be complete."""
-    found = []
-    for path in (root / directory).glob("[!.]*"):
-        text = path.read_bytes()
-        assert text.startswith(b"X-Zope-From: app@x.org\nX-Zope-To: ") and text.endswith(MESSAGE), (path, text)
-        found += text.split(b"\n")[1].decode().removeprefix("X-Zope-To: ").split(", ")
-    return sorted(found)
-
-
-def standing_recipients(queue: Maildir) -> dict[str, list[str]]:
-    return {directory: standing(pathlib.Path(queue.path), directory) for directory in state(queue)}
 
 
 def assert_nothing_lost(root: pathlib.Path, sink: Sink, later: float = 0.0) -> None:
@@ -1960,10 +2074,6 @@ def assert_nothing_lost(root: pathlib.Path, sink: Sink, later: float = 0.0) -> N
     assert standing(root, "new") == ["deferred@x.org"]
     assert set(standing(root, ".failed/new")) == {"refused@x.org"}
     assert standing(root, "cur") == []
-
-
-def sent_events(run: Run) -> set[str]:
-    return {address for line in run.told if line.startswith("MailSentEvent") for address in line.split()[1:]}
 
 
 # --------------------------------------------------------------------------------------------------------- kills
@@ -2446,17 +2556,6 @@ class Route:
 
     def send(self, *arguments: Any) -> Any:
         return self.mailer.send(*arguments)
-
-
-def reply_to(verb: str, reply: str) -> Callable[[Connection], None]:
-    """A relay that offers AUTH, and answers one command in its own way."""
-
-    def dialogue(connection: Connection) -> None:
-        connection.greet("AUTH PLAIN")
-        while line := connection.line():
-            connection.say(reply if line.startswith(verb) else "250 2.0.0 Ok")
-
-    return dialogue
 
 
 OUTAGES: dict[str, Any] = {
@@ -3223,65 +3322,7 @@ def test_no_kill_in_a_direct_delivery_with_a_fallback_loses_what_was_committed(b
 
 # ==================================================================================================== transactions and events
 
-
-KINDS = ["queued", "direct", "fallback"]
-PHASES = ["tpc_begin", "commit", "tpc_vote", "tpc_finish"]
 DAY = 24 * 3600
-
-
-@pytest.fixture(params=KINDS)
-def kind(request):
-    """Which delivery: `direct` has no queue, `fallback` is a direct one that has."""
-    return request.param
-
-
-@pytest.fixture
-def delivery(kind, queue, relay):
-    return make_delivery(kind, queue, relay.mailer())
-
-
-def make_delivery(kind, queue, mailer, manager=None):
-    if kind == "queued":
-        return QueuedMailDelivery(queue, manager)
-    return DirectMailDelivery(mailer, manager, fallback=queue if kind == "fallback" else None)
-
-
-def a_message(subject):
-    return b"Message-Id: <%s@example.com>\nDate: Tue, 24 Nov 2026 10:00:00 +0000\nSubject: %s\n\nHello.\n" % (
-        (subject.encode(),) * 2)
-
-
-def subjects(messages):
-    """What identifies the messages that a relay has received, or that files hold."""
-    return [re.search(rb"Subject: (\w+)", getattr(message, "content", message))[1].decode() for message in messages]
-
-
-def delivered(queue, relay):
-    """All that comes out, at once or by a pass of a processor, which must leave nothing behind."""
-    QueueProcessorThread(queue, relay.mailer()).process()
-    assert state(queue) == {}
-    return subjects(relay.received)
-
-
-class OtherManager:
-    """Another data manager, which does *act* in one phase."""
-
-    transaction_manager = transaction.manager
-
-    def __init__(self, phase="", act=lambda: None, key="database"):
-        self.phase, self.act, self.key, self.phases = phase, act, key, []
-
-    def __getattr__(self, name):
-        if name not in (*PHASES, "abort", "tpc_abort"):
-            raise AttributeError(name)
-        return lambda _transaction: (self.phases.append(name), self.act() if name == self.phase else None)
-
-    def sortKey(self):
-        return self.key
-
-
-def fail_here():
-    raise RuntimeError("broken")
 
 
 # ---------------------------------------------------------------------------------------------------- events
@@ -3739,33 +3780,6 @@ def test_after_a_conflict_error_one_mail_goes_out_that_of_the_second_attempt(del
     database.close()
     assert tries == [1, 11]
     assert delivered(queue, relay) == ["visit11"]
-
-
-@pytest.fixture
-def sqlite(tmp_path):
-    """A session of SQLAlchemy, joined to transactions by zope.sqlalchemy; what other connections see; how to insert."""
-    sqlalchemy = pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
-    integration = pytest.importorskip("zope.sqlalchemy", reason="zope.sqlalchemy is not installed")
-    path = tmp_path / "data.sqlite"
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE customer (id INTEGER PRIMARY KEY, guarantor INTEGER"
-                           " REFERENCES customer DEFERRABLE INITIALLY DEFERRED)")
-    engine = sqlalchemy.create_engine(f"sqlite:///{path}")
-    sqlalchemy.event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys = ON"))
-    session = sqlalchemy.orm.Session(engine)
-    integration.register(session)
-
-    def insert(number, guarantor):
-        session.execute(sqlalchemy.text("INSERT INTO customer VALUES (:n, :g)"), {"n": number, "g": guarantor})
-        integration.mark_changed(session)
-
-    def rows():
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            return connection.execute("SELECT count(*) FROM customer").fetchone()[0]
-
-    yield insert, rows
-    transaction.abort()
-    engine.dispose()
 
 
 @pytest.mark.parametrize("guarantor", [1, 99], ids=["at once", "in the vote"])
@@ -4270,7 +4284,6 @@ def test_more_messages_than_file_descriptors_are_settled_like_few(queue):
 
 # ==================================================================================================== the command line
 
-
 CRON = (  # what Debian's cron says, and how it calls
     b"From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@host> /usr/local/bin/report\nMIME-Version: 1.0\n"
     b"Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\nX-Cron-Env: <SHELL=/bin/sh>\n\n"
@@ -4278,17 +4291,6 @@ CRON = (  # what Debian's cron says, and how it calls
 )
 BODY = b"Dear Ann,\n.\nFrom here to there.\n"
 USER = pwd.getpwuid(os.getuid()).pw_name
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Call `main` here: exit status, standard output, standard error."""
-
-    def call(*arguments: Any, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        return (sendmail.main([str(argument) for argument in arguments]), *capsys.readouterr())
-
-    return call
 
 
 def without_root_rights() -> None:
@@ -5165,7 +5167,6 @@ for make in (lambda: sendmail.QueuedMailDelivery(queue), lambda: sendmail.Direct
 
 
 # ==================================================================================================== documents
-
 
 README = MODULE.with_name("README.md")
 
