@@ -900,104 +900,7 @@ def sqlite(tmp_path):
     engine.dispose()
 
 
-# ==================================================================================================== the envelope
-
-
-@pytest.mark.parametrize("message", [MESSAGE, MESSAGE.replace(b"\n", b"\r\n"), MESSAGE + b"\0\xff\r\n.\n\r", MESSAGE[:-1]])
-def test_a_complete_message_is_queued_byte_for_byte(queue: Maildir, message: bytes) -> None:
-    assert queue.add("app@x.org", "ann@x.org", message) == "m1@example.com"
-    assert queued(queue) == ("app@x.org", ["ann@x.org"], message)
-
-
-def test_text_is_queued_as_utf_8(queue: Maildir) -> None:
-    queue.add("app@x.org", "ann@x.org", MESSAGE.decode() + "Grüße\n")
-    assert queued(queue)[2] == MESSAGE + "Grüße\n".encode()
-
-
-@pytest.mark.parametrize("kind", [email.message.Message, email.message.EmailMessage])
-def test_a_message_object_is_queued_without_its_bcc_and_is_not_changed(queue: Maildir, kind: Any) -> None:
-    message = kind()
-    for name, value in (("Subject", "Hello"), ("Bcc", "carl@x.org"), ("To", "ann@x.org"), ("Resent-Bcc", "dan@x.org")):
-        message[name] = value
-    message.set_payload("Hello, Ann.\n")
-    before = message.as_bytes()
-    queue.add("app@x.org", ["ann@x.org", "carl@x.org"], message)
-    _sender, recipients, stored = queued(queue)
-    assert message.as_bytes() == before
-    assert recipients == ["ann@x.org", "carl@x.org"]
-    assert stored.endswith(b"Subject: Hello\nTo: ann@x.org\n\nHello, Ann.\n")
-
-
-def test_a_message_object_for_a_non_ascii_local_part_is_written_in_utf_8(queue: Maildir) -> None:
-    message = email.message.EmailMessage()
-    message["To"] = "bär@x.org"
-    queue.add("app@x.org", "bär@x.org", message)
-    assert "\nTo: bär@x.org\n".encode() in queued(queue)[2]
-
-
-@pytest.mark.parametrize(("given", "stored"), [
-    ("Subject: x\n\nHi\n", r"Message-Id: <\S+>\nDate: [^\n]+\nSubject: x\n\nHi\n"),
-    ("Subject: x\r\n\r\nHi\n", r"Message-Id: <\S+>\r\nDate: [^\r\n]+\r\nSubject: x\r\n\r\nHi\n"),
-    ("Hi there\n", r"Message-Id: <\S+>\nDate: [^\n]+\n\nHi there\n"),
-    ("\nDate: in the body\n", r"Message-Id: <\S+>\nDate: [^\n]+\n\nDate: in the body\n"),
-    ("", r"Message-Id: <\S+>\nDate: [^\n]+\n\n"),
-    ("date: then\nSubject: x\n\n", r"Message-Id: <\S+>\ndate: then\nSubject: x\n\n"),
-    ("Subject: x\nMESSAGE-ID:\n <a@b>\n\n", r"Date: [^\n]+\nSubject: x\nMESSAGE-ID:\n <a@b>\n\n"),
-])
-def test_message_id_and_date_are_added_where_they_are_missing(queue: Maildir, given: str, stored: str) -> None:
-    message_id = queue.add("app@x.org", "ann@x.org", given)
-    message = queued(queue)[2].decode()
-    assert re.fullmatch(stored, message)
-    assert f"<{message_id}>" in message
-
-
-@pytest.mark.parametrize("address", [
-    "ann", "@x.org", "ann@", "Ann <ann@x.org>", "<ann@x.org>", "ann@x.org, bob@x.org", "ann@x.org bob@x.org", "a n@x.org",
-    "ann@x@y.org", "ann\n@x.org", "ann@x.org\nX-Zope-To: eve@x.org", "ann\0@x.org", "ann\u2028@x.org", '"a\nb"@x.org', " ", ""])
-def test_what_is_no_bare_address_is_refused_and_nothing_queued(queue: Maildir, address: str) -> None:
-    for sender, recipients in (("app@x.org", [address]), ("app@x.org", ["bob@x.org", address]), (address, ["bob@x.org"])):
-        if sender:  # the empty sender is the null sender
-            with pytest.raises(ValueError, match="not an address"):
-                queue.add(sender, recipients, MESSAGE)
-    assert state(queue) == {}
-
-
-@pytest.mark.parametrize("address", ['"a b"@x.org', '"a,b"@x.org', r'"a\"<b>"@x.org', "bär@bücher.example", "a@[127.0.0.1]"])
-def test_an_address_comes_out_of_the_queue_as_it_went_in(queue: Maildir, address: str) -> None:
-    seen: list[Any] = []
-
-    class Mailer:
-        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
-            seen.append((fromaddr, toaddrs))
-
-    queue.add(address, [address, "ann@x.org"], MESSAGE)
-    QueueProcessorThread(queue, Mailer()).process()
-    assert seen == [(address, (address, "ann@x.org"))]
-
-
-def test_one_address_will_do_and_duplicates_count_once(queue: Maildir) -> None:
-    queue.add("", ["ann@x.org", "bob@x.org", "ann@x.org"], MESSAGE)
-    assert queued(queue)[:2] == ("", ["ann@x.org", "bob@x.org"])
-
-
-def test_a_message_to_nobody_is_refused(queue: Maildir) -> None:
-    for nobody in ([], (), iter(())):
-        with pytest.raises(ValueError, match="no recipients"):
-            queue.add("app@x.org", nobody, MESSAGE)
-    assert state(queue) == {}
-
-
-@pytest.mark.parametrize("value", ["a@b", "<a@b", "<a b>", "<>", "<a@b> <c@d>", "<a@b\x1b[2J>", "<a<b>"])
-def test_a_malformed_message_id_is_refused(queue: Maildir, value: str) -> None:
-    with pytest.raises(ValueError, match="malformed Message-Id"):
-        queue.add("app@x.org", "ann@x.org", f"Message-Id: {value}\n\n")
-    assert state(queue) == {}
-
-
-# ==================================================================================================== the mailers
-
-
-# ------------------------------------------------------------------------------------- the mailer: replies, classifier
+# -------------------------------------------------------------------------------------- the classifier and the schedule
 
 
 @pytest.mark.parametrize(("code", "text", "status"), [
@@ -1102,7 +1005,404 @@ def test_guarantee_1_every_recipient_has_its_own_fate_and_stands_in_a_file_until
     assert standing_recipients(queue) == {"new": ["c@x.org"], ".failed/new": ["d@x.org"]}
 
 
-# ---------------------------------------------------------------------------------- the mailer: replies on the wire
+@pytest.mark.parametrize(("age", "delay"), [
+    (-86400, 60), (-1, 60), (0, 60), (1, 60), (60, 60), (61, 61), (600, 600), (3599, 3599), (3600, 3600), (3601, 3600),
+    (4 * 86400, 3600),
+])
+def test_the_next_try_is_as_far_away_as_the_message_is_old(
+    queue: Maildir, relay: Relay, events: Any, age: int, delay: int
+) -> None:
+    relay.refusals = {"ann@x.org": "450 4.2.1 busy"}
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    (name,) = state(queue)["new"]
+    now = int(name.partition(".")[0]) + age
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: float(now)
+    assert processor.process().deferred == 1
+    assert state(queue) == {"new": [f"{name},due={now + delay}"]}
+    assert events[0].retry_at == now + delay
+
+
+@pytest.mark.parametrize(("due", "sent"), [(-86400, 1), (0, 1), (1, 0), (3600, 0), (3700, 1), (10**12, 1)])
+def test_state_new_is_due_from_the_time_in_its_name_on_or_at_once_where_a_clock_was_wrong(
+    queue: Maildir, relay: Relay, due: int, sent: int
+) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    (path,) = pathlib.Path(queue.path, "new").iterdir()
+    now = int(time.time())
+    path.rename(f"{path},due={now + due}")
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: float(now)
+    assert processor.process().sent == sent
+
+
+def test_a_name_has_one_due_time_however_often_it_is_deferred(queue: Maildir, relay: Relay) -> None:
+    relay.data_reply = "450 4.2.1 busy"
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    (name,) = state(queue)["new"]
+    processor = QueueProcessorThread(queue, relay.mailer())
+    for hours in range(3):
+        processor._clock = lambda hours=hours: time.time() + hours * 3601
+        assert processor.process().deferred == 1
+        (deferred,) = state(queue)["new"]
+        assert re.fullmatch(rf"{re.escape(name)},due=\d+", deferred)
+
+
+@pytest.mark.parametrize(("age", "outcome"), [(3599, "deferred"), (3600, "deferred"), (3602, "failed")])
+def test_max_age_gives_up_on_an_answer_of_the_messages_own(
+    queue: Maildir, relay: Relay, age: int, outcome: str
+) -> None:
+    relay.refusals = {"ann@x.org": "450 4.2.1 busy"}
+    queue.add("app@x.org", ["ann@x.org", "bob@x.org"], MESSAGE)
+    now = int(state(queue)["new"][0].partition(".")[0]) + age
+    processor = QueueProcessorThread(queue, relay.mailer(), max_age=3600)
+    processor._clock = lambda: float(now)
+    counts = processor.process()
+    assert (counts.sent, counts.deferred, counts.failed) == (1, outcome == "deferred", outcome == "failed")
+    assert list(state(queue)) == [".failed/new" if outcome == "failed" else "new"]
+    assert b"X-Zope-To: ann@x.org\nX-Sendmail-Error: 4.2.1 450 4.2.1 busy\n" in content(queue)[0]
+
+
+@pytest.mark.parametrize("how", ["processor", "command line"])
+@pytest.mark.parametrize(("age", "place"), [(5 * 86400 - 60, "new"), (5 * 86400 + 60, ".failed/new")])
+def test_a_message_is_given_up_after_five_days_by_default(
+    run: Any, queue: Maildir, relay: Relay, how: str, age: int, place: str
+) -> None:
+    relay.data_reply = "450 4.2.1 busy"
+    file = pathlib.Path(queue.path, "new", f"{int(time.time()) - age}.M1P1Q1.host")
+    file.write_bytes(b"X-Zope-From: app@x.org\nX-Zope-To: ann@x.org\n" + MESSAGE)
+    if how == "processor":
+        QueueProcessorThread(queue, relay.mailer()).process()
+    else:
+        assert run("--maildir", queue.path, *to_relay(relay))[0] == 0
+    assert list(state(queue)) == [place]
+
+
+# --------------------------------------------------------------------------------------------------------------- events
+
+
+def test_the_relays_last_reply_is_in_the_log_and_in_the_event(queue, relay, events, caplog):
+    caplog.set_level(logging.INFO, "sendmail")
+    queue.add("a@x.org", ["b@x.org"], MESSAGE)
+    QueueProcessorThread(queue, relay.mailer()).process()
+    assert events[0].response == "250 2.0.0 Ok: queued as 1"
+    assert any("250 2.0.0 Ok: queued as 1" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("event", [
+    MailSentEvent("id", SENDER, (ANN,), "250 2.0.0 Ok"),
+    MailErrorEvent("id", SENDER, (ANN,), "550 5.1.1 no", "5.1.1"),
+    MailDeferredEvent("id", SENDER, (ANN,), "450 4.2.1 busy", "4.2.1", 1.5),
+], ids=lambda event: type(event).__name__)
+def test_events_are_values_that_nobody_can_change(event):
+    assert isinstance(event, MailEvent)
+    assert (event.message_id, event.fromaddr, event.toaddrs) == ("id", SENDER, (ANN,))
+    assert event == dataclasses.replace(event) and hash(event) == hash(dataclasses.replace(event))
+    for field in dataclasses.fields(event):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(event, field.name, None)
+
+
+def test_every_handler_gets_every_event_in_the_order_of_subscription_until_it_is_unsubscribed():
+    got = []
+
+    @sendmail.subscribe
+    def first(event):
+        got.append(("first", event))
+        sendmail.unsubscribe(first)  # in the middle of a round: the others get theirs
+
+    assert sendmail.subscribe(second := lambda event: got.append(("second", event))) is second
+    sendmail.notify("one")
+    sendmail.notify("two")
+    assert got == [("first", "one"), ("second", "one"), ("second", "two")]
+    sendmail.unsubscribe(second)
+    sendmail.notify("three")
+    assert len(got) == 3
+    with pytest.raises(ValueError):
+        sendmail.unsubscribe(second)
+
+
+def provoke(origin, queue, relay):
+    """Send a message in such a way that one event follows."""
+    if origin == "processor":
+        queue.add(SENDER, ANN, a_message("cause"))
+        QueueProcessorThread(queue, relay.mailer()).process()
+    else:
+        manager = transaction.TransactionManager(explicit=True) if origin == "explicit" else transaction.manager
+        delivery = make_delivery("fallback" if origin == "fallback" else "direct", queue, relay.mailer(), manager)
+        with manager:
+            delivery.send(SENDER, ANN, a_message("cause"))
+        if origin == "explicit":
+            with pytest.raises(NoTransaction):
+                manager.get()
+
+
+CONDUCTS = {
+    "raises": fail_here,
+    "aborts": lambda: transaction.abort(),
+    "begins": lambda: transaction.begin(),
+    "commits": lambda: transaction.commit(),
+    "dooms": lambda: transaction.doom(),
+    "joins": lambda: transaction.get().join(OtherManager()),
+    "joins one that fails in its vote": lambda: transaction.get().join(OtherManager("tpc_vote", fail_here)),
+    "joins one that fails in its finish": lambda: transaction.get().join(OtherManager("tpc_finish", fail_here)),
+    "adds a hook that fails": lambda: transaction.get().addAfterCommitHook(lambda _committed: fail_here()),
+    "takes a savepoint": lambda: transaction.savepoint().rollback(),
+    "makes the manager explicit": lambda: setattr(transaction.manager, "explicit", True),
+}
+
+
+@pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
+@pytest.mark.parametrize("conduct", CONDUCTS)
+def test_whatever_a_handler_does_hurts_nobody(conduct, origin, queue, relay):
+    seen = []
+    sendmail.subscribe(lambda event: CONDUCTS[conduct]())
+    sendmail.subscribe(lambda event: seen.append((event, transaction.get(), transaction.get().status)))
+    managers = transaction.manager.manager, transaction.manager.explicit
+    provoke(origin, queue, relay)
+    [(event, its_transaction, status)] = seen
+    assert isinstance(event, MailSentEvent) and event.toaddrs == (ANN,)
+    assert status == transaction.begin().status and its_transaction is not transaction.get()
+    assert (transaction.manager.manager, transaction.manager.explicit) == managers
+    after = OtherManager()
+    transaction.get().join(after)
+    transaction.commit()
+    assert after.phases == PHASES
+    assert delivered(queue, relay) == ["cause"]
+
+
+@pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
+def test_each_handler_has_a_new_transaction_that_is_committed_or_aborted_with_its_work(origin, queue, relay):
+    transactions, works = [], [OtherManager() for _ in range(4)]
+
+    def handler(work, then):
+        def handle(_event):
+            transactions.append(transaction.get())
+            transaction.get().join(work)
+            then()
+        return sendmail.subscribe(handle)
+
+    handler(works[0], lambda: None)
+    handler(works[1], fail_here)
+    handler(works[2], transaction.doom)
+    handler(works[3], lambda: None)
+    transaction.manager.explicit = origin == "fallback"  # an explicit default manager is no obstacle
+    provoke(origin, queue, relay)
+    assert [work.phases for work in works] == [PHASES, ["abort"], ["abort"], PHASES]
+    assert len(set(map(id, transactions))) == 4
+
+
+@pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
+def test_a_handler_may_send_mail_itself(delivery, origin, queue, relay):
+    happened = []
+
+    @sendmail.subscribe
+    def answer(event):
+        happened.append(event.message_id)
+        if event.message_id == "cause@example.com":
+            delivery.send(SENDER, BOB, a_message("effect"))
+
+    provoke(origin, queue, relay)
+    assert delivered(queue, relay) == ["cause", "effect"]
+    assert happened == ["cause@example.com", "effect@example.com"]
+
+
+def test_a_processor_that_runs_inside_an_open_transaction_leaves_it_alone(queue, relay, events):
+    queue.add(SENDER, ANN, a_message("one"))
+    work = OtherManager()
+    transaction.get().join(work)
+    QueuedMailDelivery(queue).send(SENDER, ANN, a_message("two"))
+    QueueProcessorThread(queue, relay.mailer()).process()
+    assert len(events) == 1 and work.phases == [] and list(state(queue)) == ["tmp"]
+    transaction.commit()
+    assert work.phases == PHASES and delivered(queue, relay) == ["one", "two"]
+
+
+@pytest.mark.parametrize("origin", ["fallback", "processor"])
+@pytest.mark.parametrize("reply, place", [("", []), ("450 4.2.1 busy", ["new"]), ("550 5.1.1 no", [".failed/new"])])
+def test_an_event_follows_the_rename_or_unlink_that_it_tells_of(reply, place, origin, queue, relay):
+    places = []
+    sendmail.subscribe(lambda event: places.append(list(state(queue))))
+    relay.refusals = {ANN: reply} if reply else {}
+    provoke(origin, queue, relay)
+    assert places == [place]
+
+
+@pytest.mark.parametrize("kind", ["direct", "fallback"])
+def test_no_handler_runs_before_every_data_manager_is_finished(delivery):
+    last = OtherManager(key="~~~~")
+    seen = []
+    sendmail.subscribe(lambda _event: seen.append((list(last.phases), transaction.get() is committing)))
+    committing = transaction.begin()
+    committing.join(last)
+    delivery.send(SENDER, ANN, MESSAGE)
+    transaction.commit()
+    assert seen == [(PHASES, False)]
+
+
+# -------------------------------------------------------------------------------------- the envelope, hostile addresses
+
+
+@pytest.mark.parametrize("message", [MESSAGE, MESSAGE.replace(b"\n", b"\r\n"), MESSAGE + b"\0\xff\r\n.\n\r", MESSAGE[:-1]])
+def test_a_complete_message_is_queued_byte_for_byte(queue: Maildir, message: bytes) -> None:
+    assert queue.add("app@x.org", "ann@x.org", message) == "m1@example.com"
+    assert queued(queue) == ("app@x.org", ["ann@x.org"], message)
+
+
+def test_text_is_queued_as_utf_8(queue: Maildir) -> None:
+    queue.add("app@x.org", "ann@x.org", MESSAGE.decode() + "Grüße\n")
+    assert queued(queue)[2] == MESSAGE + "Grüße\n".encode()
+
+
+@pytest.mark.parametrize("kind", [email.message.Message, email.message.EmailMessage])
+def test_a_message_object_is_queued_without_its_bcc_and_is_not_changed(queue: Maildir, kind: Any) -> None:
+    message = kind()
+    for name, value in (("Subject", "Hello"), ("Bcc", "carl@x.org"), ("To", "ann@x.org"), ("Resent-Bcc", "dan@x.org")):
+        message[name] = value
+    message.set_payload("Hello, Ann.\n")
+    before = message.as_bytes()
+    queue.add("app@x.org", ["ann@x.org", "carl@x.org"], message)
+    _sender, recipients, stored = queued(queue)
+    assert message.as_bytes() == before
+    assert recipients == ["ann@x.org", "carl@x.org"]
+    assert stored.endswith(b"Subject: Hello\nTo: ann@x.org\n\nHello, Ann.\n")
+
+
+def test_a_message_object_for_a_non_ascii_local_part_is_written_in_utf_8(queue: Maildir) -> None:
+    message = email.message.EmailMessage()
+    message["To"] = "bär@x.org"
+    queue.add("app@x.org", "bär@x.org", message)
+    assert "\nTo: bär@x.org\n".encode() in queued(queue)[2]
+
+
+@pytest.mark.parametrize(("given", "stored"), [
+    ("Subject: x\n\nHi\n", r"Message-Id: <\S+>\nDate: [^\n]+\nSubject: x\n\nHi\n"),
+    ("Subject: x\r\n\r\nHi\n", r"Message-Id: <\S+>\r\nDate: [^\r\n]+\r\nSubject: x\r\n\r\nHi\n"),
+    ("Hi there\n", r"Message-Id: <\S+>\nDate: [^\n]+\n\nHi there\n"),
+    ("\nDate: in the body\n", r"Message-Id: <\S+>\nDate: [^\n]+\n\nDate: in the body\n"),
+    ("", r"Message-Id: <\S+>\nDate: [^\n]+\n\n"),
+    ("date: then\nSubject: x\n\n", r"Message-Id: <\S+>\ndate: then\nSubject: x\n\n"),
+    ("Subject: x\nMESSAGE-ID:\n <a@b>\n\n", r"Date: [^\n]+\nSubject: x\nMESSAGE-ID:\n <a@b>\n\n"),
+])
+def test_message_id_and_date_are_added_where_they_are_missing(queue: Maildir, given: str, stored: str) -> None:
+    message_id = queue.add("app@x.org", "ann@x.org", given)
+    message = queued(queue)[2].decode()
+    assert re.fullmatch(stored, message)
+    assert f"<{message_id}>" in message
+
+
+@pytest.mark.parametrize("address", [
+    "ann", "@x.org", "ann@", "Ann <ann@x.org>", "<ann@x.org>", "ann@x.org, bob@x.org", "ann@x.org bob@x.org", "a n@x.org",
+    "ann@x@y.org", "ann\n@x.org", "ann@x.org\nX-Zope-To: eve@x.org", "ann\0@x.org", "ann\u2028@x.org", '"a\nb"@x.org', " ", ""])
+def test_what_is_no_bare_address_is_refused_and_nothing_queued(queue: Maildir, address: str) -> None:
+    for sender, recipients in (("app@x.org", [address]), ("app@x.org", ["bob@x.org", address]), (address, ["bob@x.org"])):
+        if sender:  # the empty sender is the null sender
+            with pytest.raises(ValueError, match="not an address"):
+                queue.add(sender, recipients, MESSAGE)
+    assert state(queue) == {}
+
+
+@pytest.mark.parametrize("address", ['"a b"@x.org', '"a,b"@x.org', r'"a\"<b>"@x.org', "bär@bücher.example", "a@[127.0.0.1]"])
+def test_an_address_comes_out_of_the_queue_as_it_went_in(queue: Maildir, address: str) -> None:
+    seen: list[Any] = []
+
+    class Mailer:
+        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
+            seen.append((fromaddr, toaddrs))
+
+    queue.add(address, [address, "ann@x.org"], MESSAGE)
+    QueueProcessorThread(queue, Mailer()).process()
+    assert seen == [(address, (address, "ann@x.org"))]
+
+
+def test_one_address_will_do_and_duplicates_count_once(queue: Maildir) -> None:
+    queue.add("", ["ann@x.org", "bob@x.org", "ann@x.org"], MESSAGE)
+    assert queued(queue)[:2] == ("", ["ann@x.org", "bob@x.org"])
+
+
+def test_a_message_to_nobody_is_refused(queue: Maildir) -> None:
+    for nobody in ([], (), iter(())):
+        with pytest.raises(ValueError, match="no recipients"):
+            queue.add("app@x.org", nobody, MESSAGE)
+    assert state(queue) == {}
+
+
+@pytest.mark.parametrize("value", ["a@b", "<a@b", "<a b>", "<>", "<a@b> <c@d>", "<a@b\x1b[2J>", "<a<b>"])
+def test_a_malformed_message_id_is_refused(queue: Maildir, value: str) -> None:
+    with pytest.raises(ValueError, match="malformed Message-Id"):
+        queue.add("app@x.org", "ann@x.org", f"Message-Id: {value}\n\n")
+    assert state(queue) == {}
+
+
+def test_a_message_with_a_header_that_looks_like_ours_arrives_whole(queue: Maildir, relay: Relay) -> None:
+    message = b"X-Sendmail-Error: mine\n" + MESSAGE
+    queue.add("app@x.org", ["ann@x.org"], message)
+    QueueProcessorThread(queue, relay.mailer()).process()
+    assert relay.received[0].content == crlf(message)
+
+
+@pytest.mark.parametrize("broken", [
+    b"", b"\n", b"X-Zope-From: a@x.org\n", b"X-Zope-From: a@x.org\nX-Zope-To: \n\nbody", b"Subject: x\n\nbody\n",
+    b"X-Zope-To: b@x.org\nX-Zope-From: a@x.org\n\nx", b"\xff\xfe\x00" * 1000,
+])
+def test_a_file_without_a_readable_envelope_is_kept_in_failed(
+    queue: Maildir, relay: Relay, caplog: Any, broken: bytes
+) -> None:
+    pathlib.Path(queue.path, "new", "1.broken").write_bytes(broken)
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    counts = QueueProcessorThread(queue, relay.mailer()).process()
+    assert (counts.sent, counts.failed, counts.left) == (1, 1, 0)
+    assert list(state(queue)) == [".failed/new"] and content(queue) == [broken]
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+HOSTILE = ["\x1b[2J", "\r", "\x00", "\x85", "\u2028", "\u202e", "\x7f", "\x9b2J"]
+
+
+@pytest.mark.parametrize("evil", HOSTILE, ids=ascii)
+def test_what_comes_from_outside_cannot_break_a_line_of_the_log_or_the_envelope(
+    queue: Maildir, scripted: Any, events: Any, caplog: Any, evil: str
+) -> None:
+    forged = f"{evil}sent message-id=<forged@x.org>"
+
+    def dialogue(connection: Connection) -> None:
+        connection.greet()
+        while line := connection.line():
+            if line.startswith("RCPT"):
+                kind = next((kind for kind in ("deferred", "refused") if kind in line), "sent")
+                code = {"sent": 250, "deferred": 450, "refused": 550}[kind]
+                connection.sock.sendall(f"{code} {str(code)[0]}.1.1 {forged}\r\n".encode())
+            elif line == "DATA":
+                connection.say("354 go on")
+                connection.data()
+                connection.sock.sendall(f"250 2.0.0 {forged}\r\n".encode())
+            else:
+                connection.say("250 Ok")
+
+    recipients = f"ann@x.org, deferred@x.org, refused@x.org, a{evil}b@x.org, eve@x.org{evil}"
+    lines = f"X-Zope-From: app@x.org\nX-Zope-To: {recipients}\n"
+    message = f"Message-Id: <{evil}m1@x.org>\nSubject: {evil}\n\nHello.\n"
+    new = pathlib.Path(queue.path, "new")
+    name = f"{int(time.time())}.{evil}".replace("\x00", "")
+    (new / f"{name}.1").write_bytes((lines + message).encode())
+    (new / f"{name}.2").write_bytes(b"no envelope")
+    caplog.set_level(logging.DEBUG, "sendmail")
+    QueueProcessorThread(queue, scripted(dialogue).mailer()).process()
+    assert [record.getMessage() for record in caplog.records if not record.getMessage().isprintable()] == []
+    assert {type(event) for event in events} == {MailSentEvent, MailDeferredEvent, MailErrorEvent}
+    for event in events:
+        texts = [event.message_id, event.fromaddr, *event.toaddrs, *vars(event).values()]
+        assert all(text.isprintable() for text in texts if isinstance(text, str))
+    for text in content(queue):
+        if text != b"no envelope":
+            head = text.decode().split("\n")
+            assert [line.partition(":")[0] for line in head[:4]] == [
+                "X-Zope-From", "X-Zope-To", "X-Sendmail-Error", "Message-Id"]
+            assert all(line.isprintable() for line in head[:3])
+            assert text.endswith(message.encode())
+
+
+# ------------------------------------------------------------------------------------- the mailers: replies on the wire
 
 PIPELINING = pytest.mark.parametrize("pipelining", [(), ("PIPELINING",)], ids=["stepwise", "pipelined"])
 LOGIN_WANTED = [f"{code} 5.7.0 log in first" for code in (530, 534, 535, 538)]
@@ -1367,14 +1667,6 @@ def test_of_two_groups_the_first_is_not_sent_again_when_the_second_fails(queue, 
     assert sum(len(connection.messages) for connection in server.connections) == 2
 
 
-def test_the_relays_last_reply_is_in_the_log_and_in_the_event(queue, relay, events, caplog):
-    caplog.set_level(logging.INFO, "sendmail")
-    queue.add("a@x.org", ["b@x.org"], MESSAGE)
-    QueueProcessorThread(queue, relay.mailer()).process()
-    assert events[0].response == "250 2.0.0 Ok: queued as 1"
-    assert any("250 2.0.0 Ok: queued as 1" in message for message in caplog.messages)
-
-
 def test_outside_of_its_context_a_mailer_makes_one_connection_per_message(relay):
     mailer = relay.mailer()
     for _ in range(2):
@@ -1394,7 +1686,7 @@ def test_the_mailer_speaks_to_an_ipv6_relay(queue):
         assert relay.received[0].peer[0] == "::1"
 
 
-# ------------------------------------------------------------------------------------------------ the mailer: TLS, AUTH
+# ----------------------------------------------------------------------------------------------- the mailers: TLS, AUTH
 
 LOGIN = {"username": "ann", "password": "secret"}
 REQUIRED = pytest.mark.parametrize("options", [
@@ -1583,7 +1875,17 @@ def test_a_password_that_cannot_be_sent_is_an_outage_and_is_not_shown(scripted, 
     assert not re.search("geh|é|xe9|im$", str(caught.value))
 
 
-# ------------------------------------------------------------------------------ the mailer: addresses, sizes, contents
+def test_no_password_is_told_to_anybody(queue: Maildir, scripted: Any, events: Any, caplog: Any) -> None:
+    caplog.set_level(logging.DEBUG)
+    for password in ("hunter2-secret", "hunter2-sécret"):
+        mailer = scripted(reply_to("AUTH", "535 5.7.8 wrong")).mailer(username="u", password=password, no_tls=True)
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+        counts = QueueProcessorThread(queue, mailer).process()
+        told = [caplog.text, str(counts), str(counts.outage), repr(mailer), str(mailer), repr(events)]
+        assert counts.outage is not None and not [text for text in told if "hunter2" in text or "cret" in text]
+
+
+# ------------------------------------------------------------------------------ the mailers: addresses, sizes, contents
 
 
 @pytest.mark.parametrize("address", [
@@ -1708,7 +2010,7 @@ def test_for_any_bytes_and_any_envelope_what_the_relay_stores_is_what_was_given(
         assert relay.sessions == 1
 
 
-# --------------------------------------------------------------------------------------------- the mailer: what it costs
+# ------------------------------------------------------------------------------------------- the mailers: what it costs
 
 
 def run_python(script: str, *arguments: Any, under: Any = ()) -> str:
@@ -1856,7 +2158,7 @@ def test_a_closed_stream_is_an_outage(queue, tmp_path):
     assert (counts.sent, counts.deferred, counts.failed, counts.left) == COUNTS["outage"]
 
 
-# --------------------------------------------------------------------------------------------------- the mailer: Postfix
+# ------------------------------------------------------------------------------------------------- the mailers: Postfix
 
 MAIN_CF = """
 compatibility_level = 3.6
@@ -2055,10 +2357,428 @@ def test_postfix_that_closes_after_too_many_errors_hurts_no_message(queue, postf
     assert postfix.arrived(1)[0].recipients == ["b@x.org"]
 
 
-# ==================================================================================================== the queue and the processor
+# ---------------------------------------------------------------------------------------- the Maildir: creation, rights
 
 
-# ------------------------------------------------------------------- processes under strace, killed or disturbed
+@pytest.mark.parametrize("missing", ["tmp", "new", "cur", "tmp new", "new cur", "tmp new cur"])
+def test_guarantee_7_a_queue_whose_creation_was_cut_short_is_completed(tmp_path: pathlib.Path, missing: str) -> None:
+    Maildir(tmp_path / "q")
+    for directory in missing.split():
+        (tmp_path / "q" / directory).rmdir()
+    Maildir(tmp_path / "q").add("app@x.org", ["ann@x.org"], MESSAGE)
+    assert len(state(tmp_path / "q")["new"]) == 1
+
+
+@pytest.mark.parametrize("names", [["notes.txt"], ["new/", "old/"], ["tmp/", "cur/", "mail"]])
+def test_guarantee_7_a_directory_that_is_no_queue_is_refused_untouched(tmp_path: pathlib.Path, names: Any) -> None:
+    for name in names:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="not a Maildir"):
+        Maildir(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_queue_stays_where_it_is_when_the_process_changes_its_directory(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    queue = Maildir("queue")
+    monkeypatch.chdir("/")
+    queue.add("app@x.org", "ann@x.org", MESSAGE)
+    assert list(state(tmp_path / "queue")) == ["new"]
+
+
+def test_a_queue_behind_a_link_is_made_and_gives_up_at_once(tmp_path: pathlib.Path, relay: Relay) -> None:
+    (tmp_path / "real" / "q").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "q").symlink_to(tmp_path / "real" / "q")
+    relay.data_reply = "550 5.7.1 no"
+    for path in (tmp_path / "link" / "other", tmp_path / "q"):
+        queue = Maildir(path)
+        queue.add("app@x.org", "ann@x.org", MESSAGE)
+        assert QueueProcessorThread(queue, relay.mailer()).process().failed == 1
+        assert list(state(queue)) == [".failed/new"]
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+@pytest.mark.parametrize(("given", "directories", "files"), [
+    (None, 0o700, 0o600), (0o700, 0o700, 0o600), (0o2770, 0o2770, 0o660), (0o750, 0o750, 0o640),
+])
+def test_rights_follow_the_queue_directory_whatever_the_umask(
+    tmp_path: pathlib.Path, sink: Sink, background: Any, umask: int, given: int | None, directories: int, files: int
+) -> None:
+    root = tmp_path / "queue"
+    if given is not None:
+        root.mkdir()
+        root.chmod(given)
+    command_line("--maildir", root, "-f", "app@x.org", "deferred@x.org", "refused@x.org", stdin=MESSAGE, umask=umask)
+    process = background(*processor_command(Maildir(root), sink, "--interval", 0.05), umask=umask,
+                         stderr=subprocess.DEVNULL)
+    wait_until(lambda: set(state(root)) == {"new", ".failed/new"} and ",due=" in state(root)["new"][0])
+    process.terminate()
+    assert process.wait(20) == 0
+    modes = {str(path): oct(stat.S_IMODE(path.lstat().st_mode)) for path in [root, *root.rglob("*")]}
+    assert modes == {path: oct(directories if os.path.isdir(path) else files) for path in modes}
+    assert (root / "trigger").is_fifo()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="two users are needed, and only root can be them")
+def test_a_spool_that_one_user_fills_and_another_empties(bench: Bench) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        root = pathlib.Path(directory) / "spool"
+        root.mkdir()
+        os.chown(root, 0, 4242)
+        root.chmod(0o2770)
+        web, cron = (f"os.umask(0o77); os.setgroups([4242]); os.setgid({n}); os.setuid({n})\n" for n in (4001, 4002))
+        add = "sendmail.Maildir(path).add('app@x.org', to, message)"
+        mixed = ["sent@x.org", "deferred@x.org", "refused@x.org"]
+        for to, left in (mixed, 1), (["more@x.org"], 1), (["refused@x.org"], 1):
+            bench.run(web + add, root, to=to)
+            assert bench.run(cron + PASS + "tell(f'left {processor.process().left}')", root).told[-1] == f"left {left}"
+        assert bench.sink.recipients() == ["more@x.org", "sent@x.org"]
+        assert standing_recipients(Maildir(root)) == {
+            ".failed/new": ["refused@x.org", "refused@x.org"], "new": ["deferred@x.org"]}
+        assert {path.stat().st_gid for path in root.rglob("*")} == {4242}
+
+
+# -------------------------------------------------------------------------------------------------- the Maildir: states
+
+
+@pytest.mark.parametrize(("hours", "kept"), [(35.9, True), (36.1, False)])
+def test_state_tmp_is_litter_after_36_hours(queue: Maildir, relay: Relay, hours: float, kept: bool) -> None:
+    queue._write("app@x.org", ["ann@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: time.time() + hours * 3600
+    assert processor.process().left == 0
+    assert list(state(queue)) == ["tmp"] * kept and relay.received == []
+
+
+def test_a_processor_that_lives_long_removes_litter_again(queue: Maildir, relay: Relay) -> None:
+    processor = QueueProcessorThread(queue, relay.mailer())
+    for _ in range(2):
+        processor.process()
+    queue._write("app@x.org", ["ann@x.org"], MESSAGE)
+    processor._clock = lambda: time.time() + 37 * 3600
+    processor.process()
+    assert state(queue) == {}
+
+
+def test_state_cur_is_where_a_message_stands_claimed_while_an_attempt_is_under_way(queue, relay):
+    looks = []
+
+    class Looking:
+        def send(self, fromaddr, toaddrs, message):
+            rivals = QueueProcessorThread(queue, relay.mailer()).process(), command_line(
+                "--maildir", queue.path, *to_relay(relay)).returncode
+            looks.append((list(state(queue)), rivals[0].sent, rivals[1]))
+
+    delivery = DirectMailDelivery(Looking(), fallback=queue)
+    for subject in ("one", "two"):
+        delivery.send(SENDER, ANN, a_message(subject))
+    transaction.commit()
+    assert looks == [(["cur"], 0, 0)] * 2
+    assert state(queue) == {} and relay.received == []
+
+
+def test_state_failed_is_a_maildir_of_its_own(queue: Maildir, relay: Relay) -> None:
+    relay.data_reply = "550 5.7.1 no"
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    assert QueueProcessorThread(queue, relay.mailer()).process().failed == 1
+    assert {path.name for path in pathlib.Path(queue.path, ".failed").iterdir()} == {"tmp", "new", "cur"}
+    assert standing_recipients(queue) == {".failed/new": ["ann@x.org"]}
+
+
+def test_the_same_message_refused_twice_overwrites_nothing(queue: Maildir, relay: Relay) -> None:
+    relay.refusals = {"ann@x.org": "550 5.1.1 unknown", "bob@x.org": "550 5.1.1 unknown", "eve@x.org": "450 4.2.1 busy"}
+    queue.add("app@x.org", ["ann@x.org", "eve@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor.process()
+    relay.refusals["eve@x.org"] = "550 5.1.1 unknown"
+    processor._clock = lambda: time.time() + 3600
+    processor.process()
+    failed = state(queue)[".failed/new"]
+    assert standing_recipients(queue) == {".failed/new": ["ann@x.org", "eve@x.org"]}
+    assert command_line("--maildir", queue.path, "--requeue").returncode == 0
+    assert standing_recipients(queue) == {"new": ["ann@x.org", "eve@x.org"]}
+    processor.process()
+    assert standing_recipients(queue) == {".failed/new": ["ann@x.org", "eve@x.org"]}
+    assert not set(failed) & set(state(queue)[".failed/new"])
+
+
+def test_requeueing_one_half_while_the_other_is_claimed_sends_both(
+    queue: Maildir, sink: Sink, relay: Relay, background: Any
+) -> None:
+    relay.refusals = {"ann@x.org": "550 5.1.1 unknown", "bob@x.org": "450 4.2.1 busy"}
+    queue.add("app@x.org", ["ann@x.org", "bob@x.org"], MESSAGE)
+    QueueProcessorThread(queue, relay.mailer()).process()
+    relay.refusals = {}
+    (deferred,) = pathlib.Path(queue.path, "new").iterdir()
+    deferred.rename(re.sub(r",due=.*", ",due=1", str(deferred)))
+    sink.gate.clear()
+    slow = background(*processor_command(queue, sink))
+    wait_until(lambda: sink.taken)
+    assert command_line("--maildir", queue.path, "--requeue").returncode == 0
+    assert standing_recipients(queue) == {"cur": ["bob@x.org"], "new": ["ann@x.org"]}
+    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+    sink.gate.set()
+    assert slow.wait(20) == 0
+    assert sink.recipients() == ["bob@x.org"] and relay.received[-1].recipients == ["ann@x.org"]
+    assert state(queue) == {}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_message_that_a_mail_client_has_moved_and_marked_is_requeued(
+    run: Any, queue: Maildir, relay: Relay, named: bool
+) -> None:
+    relay.refusals = {"ann@x.org": "550 5.1.1 unknown"}
+    for _ in range(2):
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor.process()
+    seen, unseen = (pathlib.Path(queue.path, ".failed/new", name) for name in state(queue)[".failed/new"])
+    marked = seen.rename(pathlib.Path(queue.path, ".failed/cur", f"{seen.name}:2,S"))
+    names = [marked.name, unseen.name] if named else []
+    assert run("--maildir", queue.path, "--requeue", *names)[0] == 0
+    assert list(state(queue)) == ["new"] and len(set(state(queue)["new"])) == 2
+    assert not any(":2," in name or name in (seen.name, unseen.name) for name in state(queue)["new"])
+    relay.refusals = {}
+    assert processor.process().sent == 2
+
+
+def test_refusing_and_requeueing_at_the_same_time_loses_and_repeats_nothing(
+    queue: Maildir, sink: Sink, background: Any
+) -> None:
+    for number in range(60):
+        queue.add("app@x.org", [f"sent{number}@x.org", f"refused{number}@x.org"], MESSAGE)
+    processors = [background(*processor_command(queue, sink, "--interval", 0.02, "--workers", 3),
+                             stderr=subprocess.DEVNULL) for _ in range(2)]
+    wait_until(lambda: (pathlib.Path(queue.path) / ".failed").exists())
+    for _ in range(8):
+        assert command_line("--maildir", queue.path, "--requeue").returncode == 0
+    for process in processors:
+        process.terminate()
+    assert [process.wait(20) for process in processors] == [0, 0]
+    QueueProcessorThread(queue, sink.mailer()).process()
+    assert sink.recipients() == sorted(f"sent{number}@x.org" for number in range(60))
+    assert standing_recipients(queue) == {".failed/new": sorted(f"refused{number}@x.org" for number in range(60))}
+
+
+def test_requeue_passes_over_what_is_no_message(queue: Maildir, relay: Relay) -> None:
+    relay.data_reply = "550 5.7.1 no"
+    queue.add("app@x.org", "ann@x.org", MESSAGE)
+    QueueProcessorThread(queue, relay.mailer()).process()
+    pathlib.Path(queue.path, ".failed/new/0").mkdir()
+    pathlib.Path(queue.path, ".failed/new/1").symlink_to("nowhere")
+    assert sendmail.main(["--maildir", queue.path, "--requeue"]) == 0
+    assert len(state(queue)["new"]) == 1
+
+
+# -------------------------------------------------------------------------------------------------- the Maildir: claims
+
+
+def test_guarantee_2_what_cannot_be_locked_is_not_sent(bench: Bench) -> None:
+    root = bench.directory / "no locks"
+    mixed_queue(root)
+    before = state(root)
+    run = bench.run(PASS, root, "-e", "inject=flock:error=ENOLCK:when=1+")
+    assert bench.sink.taken == [] and state(root) == before
+    assert len(run.told) == 3 and all(line.startswith("log ERROR") for line in run.told)
+
+
+def test_guarantee_2_a_lock_on_a_file_that_is_no_longer_there_is_no_claim(
+    queue: Maildir, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue.add("app@x.org", ["old@x.org"], MESSAGE)
+    (path,) = pathlib.Path(queue.path, "new").iterdir()
+    flock = fcntl.flock
+
+    def late_flock(fd: int, operation: int) -> None:
+        if operation != fcntl.LOCK_UN and path.exists() and b"old@" in path.read_bytes():
+            replacement = path.with_name("replacement")  # as another processor does, between our open and our lock
+            replacement.write_bytes(path.read_bytes().replace(b"old@", b"changed@"))
+            replacement.rename(path)
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late_flock)
+    processor = QueueProcessorThread(queue, sink.mailer())
+    processor.process()
+    assert sink.taken == [] and state(queue) == {"new": [path.name]}
+    assert processor.process().sent == 1
+    assert sink.recipients() == ["changed@x.org"]
+
+
+def test_guarantee_2_what_somebody_else_has_locked_is_not_requeued(run: Any, queue: Maildir) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    (name,) = state(queue)["new"]
+    with open(f"{queue.path}/new/{name}", "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run("--maildir", queue.path, "--requeue", name)[0] == 65
+    assert state(queue) == {"new": [name]}
+
+
+def test_guarantee_3_a_living_claim_is_never_robbed_and_a_dead_one_taken_up_at_once(
+    queue: Maildir, sink: Sink, relay: Relay, background: Any
+) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    sink.gate.clear()
+    slow = background(*processor_command(queue, sink))
+    wait_until(lambda: sink.taken)
+    other = QueueProcessorThread(queue, relay.mailer())
+    for ahead in (0.0, 3600.0, 86400.0 * 30):
+        other._clock = lambda ahead=ahead: time.time() + ahead
+        counts = other.process()
+        assert (counts.sent, counts.left) == (0, 1)
+    other._clock = time.time
+    slow.kill()
+    slow.wait(20)
+    counts = other.process()
+    assert (counts.sent, counts.left, state(queue)) == (1, 0, {})
+    assert [message.recipients for message in relay.received] == [["ann@x.org"]]
+
+
+@pytest.mark.parametrize("spawn", ["fork()", "subprocess.Popen(['sleep', '60']).pid"])
+def test_guarantee_3_a_child_of_a_dead_processor_does_not_keep_its_claims(
+    queue: Maildir, relay: Relay, background: Any, spawn: str
+) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    code = f"""
+import os, subprocess, sys, time, sendmail
+def fork():
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        return os.read(reader, 1) and child  # it is up
+    os.write(writer, b"x")
+    time.sleep(60)
+class Mailer:
+    def send(self, fromaddr, toaddrs, message):
+        print({spawn}, flush=True)
+        time.sleep(60)
+sendmail.QueueProcessorThread({queue.path!r}, Mailer()).process()
+"""
+    process = background(*python_command(code), stdout=subprocess.PIPE)
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait(20)
+    try:
+        os.kill(child, 0)
+        assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_what_cannot_be_claimed_is_looked_at_again_after_a_minute(queue: Maildir, relay: Relay, caplog: Any) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    in_the_way = pathlib.Path(queue.path, "cur", state(queue)["new"][0])
+    in_the_way.mkdir()
+    now = time.time() + 30
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: now
+    assert processor.process().left == 1
+    in_the_way.rmdir()
+    now += 59
+    assert processor.process().left == 1 and len(caplog.records) == 1
+    now += 2
+    assert processor.process().sent == 1 and state(queue) == {}
+
+
+# ----------------------------------------------------------------------------------------------- the Maildir: odd files
+
+
+def test_odd_files_are_left_alone_and_stop_nothing(
+    queue: Maildir, relay: Relay, caplog: Any, tmp_path: pathlib.Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"X-Zope-From: a@x.org\nX-Zope-To: victim@x.org\n" + MESSAGE)
+    for directory in ("new", "cur"):
+        root = pathlib.Path(queue.path, directory)
+        (root / "1.link").symlink_to(outside)
+        (root / "1.dangling").symlink_to(tmp_path / "nowhere")
+        (root / "1.directory").mkdir()
+        os.mkfifo(root / "1.fifo")
+        with socket.socket(socket.AF_UNIX) as unix:
+            unix.bind(str(root / "1.socket"))
+        (root / ".hidden").write_bytes(outside.read_bytes())
+    pathlib.Path(queue.path, "tmp", "1.link").symlink_to(outside)
+    os.utime(outside, (0, 0))
+    os.utime(pathlib.Path(queue.path, "tmp", "1.link"), (0, 0), follow_symlinks=False)
+    before = state(queue)
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    for _ in range(3):
+        processor.process()
+    assert [message.recipients for message in relay.received] == [["ann@x.org"]]
+    assert state(queue) == before and outside.exists()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("name", ["message", "msg.1.example.com", "12a.x", ",due=1", "9" * 40 + ".x"])
+def test_a_foreign_file_name_is_no_trouble(queue: Maildir, sink: Sink, events: Any, caplog: Any, name: str) -> None:
+    text = b"X-Zope-From: app@x.org\nX-Zope-To: ann@x.org, deferred@x.org\n" + MESSAGE
+    pathlib.Path(queue.path, "new", name).write_bytes(text)
+    counts = QueueProcessorThread(queue, sink.mailer()).process()
+    assert (counts.sent, counts.deferred, counts.left) == (1, 1, 1)
+    assert [type(event) for event in events] == [MailSentEvent, MailDeferredEvent]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert state(queue)["new"][0].startswith(name.partition(",")[0] + ",due=")
+    assert standing_recipients(queue) == {"new": ["deferred@x.org"]}
+
+
+def test_an_unreadable_file_is_named_in_one_line_and_stops_nothing(benches: Benches) -> None:
+    with benches.one() as bench, tempfile.TemporaryDirectory() as directory:
+        root = pathlib.Path(directory) / "queue"
+        Maildir(root)
+        for number in range(2):
+            Maildir(root).add("app@x.org", [f"{number}@x.org"], MESSAGE)
+        unreadable, _ = state(root)["new"]
+        (root / "new" / unreadable).chmod(0)
+        drop = ""
+        if os.getuid() == 0:  # who reads everything
+            drop = "os.setgid(65534); os.setuid(65534)\n"
+            for path in (root.parent, root, *root.rglob("*")):
+                os.chown(path, 65534, 65534)
+        run = bench.run(drop + PASS, root, passes=3)
+        assert bench.sink.recipients() == ["1@x.org"] and state(root) == {"new": [unreadable]}
+        (line,) = [line for line in run.told if line.startswith("log")]
+        assert line.startswith("log ERROR") and unreadable in line and "Permission denied" in line
+
+
+def test_no_file_is_opened_in_a_way_that_follows_a_link(bench: Bench) -> None:
+    root = bench.directory / "links"
+    mixed_queue(root)
+    (root / "tmp" / "1.litter").write_bytes(b"X-Zope-From: app@x.org\nX-Zope-To: old@x.org\nHello")
+    os.utime(root / "tmp" / "1.litter", (0, 0))
+    run = bench.run(PASS, root)
+    assert any("removed" in line and "old@x.org" in line for line in run.told)
+    opened = [text for call, text in run.calls if call == "openat" and f"{root}/" in text.partition(",")[2]]
+    assert len(opened) > 10
+    assert [text for text in opened if not re.search("O_NOFOLLOW|O_EXCL|O_DIRECTORY", text)] == []
+
+
+def test_the_trigger_is_opened_through_no_link(queue: Maildir, tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "theirs")
+    theirs = os.open(tmp_path / "theirs", os.O_RDWR | os.O_NONBLOCK)
+    pathlib.Path(queue.path, "trigger").symlink_to(tmp_path / "theirs")
+    assert queue._open_trigger() == []
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    with pytest.raises(BlockingIOError):
+        os.read(theirs, 1)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("make", [pathlib.Path.touch, pathlib.Path.mkdir])
+def test_a_trigger_that_is_no_fifo_is_ignored(queue: Maildir, relay: Relay, make: Any) -> None:
+    make(pathlib.Path(queue.path, "trigger"))
+    with running(QueueProcessorThread(queue, relay.mailer(), 3600)) as passes:
+        wait_until(lambda: passes)
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    assert len(passes) == 1  # it neither woke nor span
+    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+    trigger = pathlib.Path(queue.path, "trigger")
+    assert trigger.is_dir() or trigger.read_bytes() == b""
+
+
+# -------------------------------------------------------------------------------------------- crashes and faults: kills
 
 
 def assert_nothing_lost(root: pathlib.Path, sink: Sink, later: float = 0.0) -> None:
@@ -2074,9 +2794,6 @@ def assert_nothing_lost(root: pathlib.Path, sink: Sink, later: float = 0.0) -> N
     assert standing(root, "new") == ["deferred@x.org"]
     assert set(standing(root, ".failed/new")) == {"refused@x.org"}
     assert standing(root, "cur") == []
-
-
-# --------------------------------------------------------------------------------------------------------- kills
 
 
 def kill_points(run: Run) -> list[tuple[str, int]]:
@@ -2138,7 +2855,118 @@ def test_guarantee_4_no_kill_in_a_commit_loses_what_was_committed_or_shows_a_par
     assert kills >= 0.9 * len(points) > 20
 
 
-# -------------------------------------------------------------------------------------------------------- faults
+DIRECT = """
+delivery = sendmail.DirectMailDelivery(sendmail.SMTPMailer("127.0.0.1", port, timeout=30), fallback=path)
+for recipients in (["plain@x.org"], ["sent@x.org", "deferred@x.org", "refused@x.org"], ["dead@x.org"]):
+    delivery.send("app@x.org", recipients, message)
+transaction.commit()
+tell("committed")
+"""
+
+
+@pytest.mark.sweep
+def test_no_kill_in_a_direct_delivery_with_a_fallback_loses_what_was_committed(benches: Benches) -> None:
+    with benches.one() as bench:
+        traced = bench.run(DIRECT, bench.directory / "traced direct")
+        assert traced.told[-1] == "committed"
+
+    def kill_in_direct(bench: Bench, root: pathlib.Path, call: str, n: int) -> tuple[int, list[str]]:
+        run = bench.run(DIRECT, root, *killed_at(call, n))
+        Maildir(root)
+        wait_until(lambda: not bench.sink.busy)
+        if "committed" in run.told:
+            assert_nothing_lost(root, bench.sink)
+        else:
+            visible = {address for directory in ("new", "cur", ".failed/new") for address in standing(root, directory)}
+            committed = visible | set(bench.sink.recipients())
+            assert QueueProcessorThread(root, bench.sink.mailer()).process().outage is None
+            assert committed & {"plain@x.org", "sent@x.org", "dead@x.org"} == set(bench.sink.recipients())
+        assert not bench.sink.duplicates_outside_the_window()
+        return run.status, bench.sink.duplicates()
+
+    points = kill_points(traced)
+    assert_kills("a direct delivery", points, benches.sweep(kill_in_direct, points))
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
+def test_a_direct_delivery_killed_in_the_middle_leaves_ordinary_dead_claims(death, queue, relay, scripted, background):
+    in_hand = threading.Event()
+
+    def take_one_and_hang(connection):
+        connection.greet()
+        for final in ("250 2.0.0 Ok", ""):
+            while connection.line() != "DATA":
+                connection.say("250 Ok")
+            connection.say("354 Go ahead")
+            connection.data()
+            if final:
+                connection.say(final)
+        in_hand.set()
+        connection.line()
+
+    server = scripted(take_one_and_hang)
+    code = """if True:
+        import signal, transaction
+        from sendmail import *
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        path, port, *messages = sys.argv[1:]
+        delivery = DirectMailDelivery(SMTPMailer("127.0.0.1", int(port), timeout=60), fallback=path)
+        for message in messages:
+            delivery.send("app@example.com", "ann@example.com", message)
+        transaction.commit()
+    """
+    messages = [a_message(f"n{number}").decode() for number in range(4)]
+    process = background(*python_command(code, queue.path, server.port, *messages), stderr=subprocess.DEVNULL)
+    assert in_hand.wait(30)
+    claimed = state(queue)
+    assert list(claimed) == ["cur"] and len(claimed["cur"]) == 3
+    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 0
+    process.send_signal(death)
+    process.wait(30)
+    assert death == signal.SIGINT or state(queue) == claimed
+    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 3
+    assert subjects(relay.received) == ["n1", "n2", "n3"] and state(queue) == {}
+
+
+@pytest.mark.sweep
+def test_four_processes_with_four_workers_killed_at_random_lose_nothing(
+    tmp_path: pathlib.Path, background: Any, sink: Sink
+) -> None:
+    queue = Maildir(tmp_path / "crowded")
+    sink.delay = 0.02
+    everybody = [f"sent{number:04}@x.org" for number in range(2000)]
+    delivery = QueuedMailDelivery(queue)
+    for address in everybody:
+        delivery.send("app@x.org", [address], MESSAGE)
+    transaction.commit()
+
+    def start() -> Any:
+        command = processor_command(queue, sink, "--interval", 0.02, "--workers", 4)
+        return background(*command, stderr=subprocess.PIPE)
+
+    processes = [start() for _ in range(4)]
+    chance = random.Random(5)
+    kills = 0
+    while os.listdir(tmp_path / "crowded" / "new") or os.listdir(tmp_path / "crowded" / "cur"):
+        time.sleep(chance.uniform(0.0, 0.3))
+        victim = chance.randrange(4)
+        if sink.taken:
+            processes[victim].kill()
+            assert processes[victim].communicate(timeout=20)[1] == b""
+            processes[victim] = start()
+            kills += 1
+    for process in processes:
+        process.terminate()
+        process.communicate(timeout=20)
+    wait_until(lambda: not sink.busy)
+    assert set(sink.recipients()) == set(everybody)
+    assert sink.duplicates_outside_the_window() == []
+    assert len(sink.duplicates()) <= kills * 4
+    print(f"4 processes x 4 workers, 2,000 messages: {kills} kills, {len(sink.duplicates())} duplicates, in the window")
+    assert kills > 3 and state(queue).keys() <= {"tmp"}
+
+
+# ------------------------------------------------------------------------------------------- crashes and faults: faults
 
 FAULTS = {
     "ENOSPC": "openat write fsync rename mkdir",
@@ -2225,7 +3053,23 @@ def test_no_fault_in_a_commit_leaves_a_message_half_sent(benches: Benches) -> No
     assert not failures, "\n".join([f"{len(failures)} of {len(results)}", *failures])
 
 
-# ----------------------------------------------------------------------------------------------- order of the calls
+# ------------------------------------------------------------------------------- crashes and faults: order of the calls
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_guarantee_4_files_are_durable_before_they_show_and_the_directory_before_commit_returns(count, queue, monkeypatch):
+    fsync, rename, calls = os.fsync, os.rename, []
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_ino)), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda *to: (calls.append(("rename", os.stat(to[0]).st_ino)), rename(*to)))
+    delivery = QueuedMailDelivery(queue)
+    for _ in range(count):
+        delivery.send(SENDER, ANN, MESSAGE)
+    assert calls == []
+    inodes = [entry.inode() for entry in os.scandir(f"{queue.path}/tmp")]
+    transaction.commit()
+    assert sorted(calls[:count]) == sorted(("fsync", inode) for inode in inodes)
+    assert sorted(calls[count:-1]) == sorted(("rename", inode) for inode in inodes)
+    assert calls[-1] == ("fsync", os.stat(f"{queue.path}/new").st_ino)
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
@@ -2328,1489 +3172,9 @@ def test_guarantee_6_nothing_stands_between_the_final_reply_and_what_records_it(
     assert all(f"{root}/tmp/" in text or f"{root}/cur/" in text for _, text in replacement)
 
 
-# --------------------------------------------------------------------------------------------- claims and creation
-
-
-def test_guarantee_2_what_cannot_be_locked_is_not_sent(bench: Bench) -> None:
-    root = bench.directory / "no locks"
-    mixed_queue(root)
-    before = state(root)
-    run = bench.run(PASS, root, "-e", "inject=flock:error=ENOLCK:when=1+")
-    assert bench.sink.taken == [] and state(root) == before
-    assert len(run.told) == 3 and all(line.startswith("log ERROR") for line in run.told)
-
-
-def test_guarantee_2_a_lock_on_a_file_that_is_no_longer_there_is_no_claim(
-    queue: Maildir, sink: Sink, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queue.add("app@x.org", ["old@x.org"], MESSAGE)
-    (path,) = pathlib.Path(queue.path, "new").iterdir()
-    flock = fcntl.flock
-
-    def late_flock(fd: int, operation: int) -> None:
-        if operation != fcntl.LOCK_UN and path.exists() and b"old@" in path.read_bytes():
-            replacement = path.with_name("replacement")  # as another processor does, between our open and our lock
-            replacement.write_bytes(path.read_bytes().replace(b"old@", b"changed@"))
-            replacement.rename(path)
-        flock(fd, operation)
-
-    monkeypatch.setattr(fcntl, "flock", late_flock)
-    processor = QueueProcessorThread(queue, sink.mailer())
-    processor.process()
-    assert sink.taken == [] and state(queue) == {"new": [path.name]}
-    assert processor.process().sent == 1
-    assert sink.recipients() == ["changed@x.org"]
-
-
-def test_guarantee_2_what_somebody_else_has_locked_is_not_requeued(run: Any, queue: Maildir) -> None:
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    (name,) = state(queue)["new"]
-    with open(f"{queue.path}/new/{name}", "rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert run("--maildir", queue.path, "--requeue", name)[0] == 65
-    assert state(queue) == {"new": [name]}
-
-
-def test_guarantee_3_a_living_claim_is_never_robbed_and_a_dead_one_taken_up_at_once(
-    queue: Maildir, sink: Sink, relay: Relay, background: Any
-) -> None:
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    sink.gate.clear()
-    slow = background(*processor_command(queue, sink))
-    wait_until(lambda: sink.taken)
-    other = QueueProcessorThread(queue, relay.mailer())
-    for ahead in (0.0, 3600.0, 86400.0 * 30):
-        other._clock = lambda ahead=ahead: time.time() + ahead
-        counts = other.process()
-        assert (counts.sent, counts.left) == (0, 1)
-    other._clock = time.time
-    slow.kill()
-    slow.wait(20)
-    counts = other.process()
-    assert (counts.sent, counts.left, state(queue)) == (1, 0, {})
-    assert [message.recipients for message in relay.received] == [["ann@x.org"]]
-
-
-@pytest.mark.parametrize("spawn", ["fork()", "subprocess.Popen(['sleep', '60']).pid"])
-def test_guarantee_3_a_child_of_a_dead_processor_does_not_keep_its_claims(
-    queue: Maildir, relay: Relay, background: Any, spawn: str
-) -> None:
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    code = f"""
-import os, subprocess, sys, time, sendmail
-def fork():
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        return os.read(reader, 1) and child  # it is up
-    os.write(writer, b"x")
-    time.sleep(60)
-class Mailer:
-    def send(self, fromaddr, toaddrs, message):
-        print({spawn}, flush=True)
-        time.sleep(60)
-sendmail.QueueProcessorThread({queue.path!r}, Mailer()).process()
-"""
-    process = background(*python_command(code), stdout=subprocess.PIPE)
-    child = int(process.stdout.readline())
-    process.kill()
-    process.wait(20)
-    try:
-        os.kill(child, 0)
-        assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
-    finally:
-        os.kill(child, signal.SIGKILL)
-
-
-@pytest.mark.parametrize(("hours", "kept"), [(35.9, True), (36.1, False)])
-def test_state_tmp_is_litter_after_36_hours(queue: Maildir, relay: Relay, hours: float, kept: bool) -> None:
-    queue._write("app@x.org", ["ann@x.org"], MESSAGE)
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor._clock = lambda: time.time() + hours * 3600
-    assert processor.process().left == 0
-    assert list(state(queue)) == ["tmp"] * kept and relay.received == []
-
-
-def test_a_processor_that_lives_long_removes_litter_again(queue: Maildir, relay: Relay) -> None:
-    processor = QueueProcessorThread(queue, relay.mailer())
-    for _ in range(2):
-        processor.process()
-    queue._write("app@x.org", ["ann@x.org"], MESSAGE)
-    processor._clock = lambda: time.time() + 37 * 3600
-    processor.process()
-    assert state(queue) == {}
-
-
-def test_state_failed_is_a_maildir_of_its_own(queue: Maildir, relay: Relay) -> None:
-    relay.data_reply = "550 5.7.1 no"
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    assert QueueProcessorThread(queue, relay.mailer()).process().failed == 1
-    assert {path.name for path in pathlib.Path(queue.path, ".failed").iterdir()} == {"tmp", "new", "cur"}
-    assert standing_recipients(queue) == {".failed/new": ["ann@x.org"]}
-
-
-def test_what_cannot_be_claimed_is_looked_at_again_after_a_minute(queue: Maildir, relay: Relay, caplog: Any) -> None:
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    in_the_way = pathlib.Path(queue.path, "cur", state(queue)["new"][0])
-    in_the_way.mkdir()
-    now = time.time() + 30
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor._clock = lambda: now
-    assert processor.process().left == 1
-    in_the_way.rmdir()
-    now += 59
-    assert processor.process().left == 1 and len(caplog.records) == 1
-    now += 2
-    assert processor.process().sent == 1 and state(queue) == {}
-
-
-def test_the_mtime_of_a_directory_proves_nothing_while_it_is_young(queue: Maildir, relay: Relay) -> None:
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor.process()
-    new = pathlib.Path(queue.path, "new")
-    before = new.stat()
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))  # as where a clock tick is long
-    assert processor.process().sent == 1
-
-
-@pytest.mark.parametrize("directory", ["new", "cur"])
-def test_a_message_seen_locked_is_taken_later_though_no_directory_changed(
-    queue: Maildir, relay: Relay, directory: str
-) -> None:
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    (name,) = state(queue)["new"]
-    path = pathlib.Path(queue.path, directory, name)
-    os.rename(pathlib.Path(queue.path, "new", name), path)
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor._clock = lambda: time.time() + 30  # the directories seem long unchanged
-    with path.open("rb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        for _ in range(3):
-            assert processor.process().sent == 0
-        assert state(queue) == {directory: [name]}
-    assert processor.process().sent == 1
-
-
-def test_what_batch_left_over_is_taken_though_no_directory_changed(queue: Maildir, relay: Relay) -> None:
-    for number in range(5):
-        queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
-    processor = QueueProcessorThread(queue, relay.mailer(), batch=2)
-    processor._clock = lambda: time.time() + 30
-    lefts = []
-    for _ in range(3):
-        os.utime(pathlib.Path(queue.path, "new"), (1_600_000_000, 1_600_000_000))
-        os.utime(pathlib.Path(queue.path, "cur"), (1_600_000_000, 1_600_000_000))
-        lefts.append(processor.process().left)
-    assert lefts == [3, 1, 0]
-    assert [message.recipients for message in relay.received] == [[f"{number}@x.org"] for number in range(5)]
-
-
-def test_a_deferred_message_that_falls_due_is_taken_though_no_directory_changed(queue: Maildir, relay: Relay) -> None:
-    relay.data_reply = "450 4.2.0 later"
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    processor = QueueProcessorThread(queue, relay.mailer())
-    now = time.time() + 30
-    processor._clock = lambda: now
-    assert processor.process().deferred == 1
-    relay.data_reply = ""
-    due = int(state(queue)["new"][0].partition(",due=")[2])
-    for moment, sent in ((now + 10, 0), (due - 1.0, 0), (due + 0.0, 1)):
-        now = moment
-        assert processor.process().sent == sent
-
-
-@pytest.mark.parametrize("missing", ["tmp", "new", "cur", "tmp new", "new cur", "tmp new cur"])
-def test_guarantee_7_a_queue_whose_creation_was_cut_short_is_completed(tmp_path: pathlib.Path, missing: str) -> None:
-    Maildir(tmp_path / "q")
-    for directory in missing.split():
-        (tmp_path / "q" / directory).rmdir()
-    Maildir(tmp_path / "q").add("app@x.org", ["ann@x.org"], MESSAGE)
-    assert len(state(tmp_path / "q")["new"]) == 1
-
-
-@pytest.mark.parametrize("names", [["notes.txt"], ["new/", "old/"], ["tmp/", "cur/", "mail"]])
-def test_guarantee_7_a_directory_that_is_no_queue_is_refused_untouched(tmp_path: pathlib.Path, names: Any) -> None:
-    for name in names:
-        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("mine")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match="not a Maildir"):
-        Maildir(tmp_path)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-# ----------------------------------------------------------------------------------- outages, poison and odd files
-
-
-class Route:
-    """A mailer that can be pointed at another relay."""
-
-    def __init__(self, mailer: Any) -> None:
-        self.mailer = mailer
-
-    def __enter__(self) -> Any:
-        return self.mailer.__enter__()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.mailer.__exit__(*exc_info)
-
-    def send(self, *arguments: Any) -> Any:
-        return self.mailer.send(*arguments)
-
-
-OUTAGES: dict[str, Any] = {
-    "banner 554": lambda connection: connection.say("554 no service"),
-    "banner 421": lambda connection: connection.say("421 4.3.2 come back later"),
-    "banner of another protocol": lambda connection: connection.say("SSH-2.0-OpenSSH_9.2"),
-    "closed at once": lambda connection: None,
-    "hang in the banner": lambda connection: connection.line(),
-    "EHLO 550": lambda connection: [connection.say(line) or connection.line() for line in ("220 x", "550 x", "550 x")],
-    "AUTH 535": reply_to("AUTH", "535 5.7.8 wrong"),
-    "AUTH 454": reply_to("AUTH", "454 4.7.0 directory is down"),
-    "MAIL 530": reply_to("MAIL", "530 5.7.0 authenticate first"),
-    "MAIL 421": reply_to("MAIL", "421 4.3.2 shutting down"),
-}
-
-
-@pytest.mark.parametrize("outage", [*OUTAGES, "port closed", "no such host", "certificate expired"])
-def test_an_outage_is_one_line_a_pass_and_charged_to_no_message(
-    queue: Maildir, sink: Sink, scripted: Any, authority: trustme.CA, events: Any, caplog: Any, monkeypatch: Any,
-    outage: str,
-) -> None:
-    if outage in OUTAGES:
-        login = {"username": "u", "password": "p", "no_tls": True} if outage.startswith("AUTH") else {}
-        broken = scripted(OUTAGES[outage]).mailer(timeout=0.3, **login)
-    elif outage == "certificate expired":
-        server = scripted(tls_dialogue(server_tls(authority, **LONG_AGO), implicit=True))
-        broken = server.mailer(implicit_tls=True, context=trusting(authority))
-    elif outage == "no such host":
-        look_up = socket.getaddrinfo
-
-        def getaddrinfo(host: Any, *rest: Any, **options: Any) -> Any:  # nothing here may ask a real name server
-            if host == "relay.invalid":
-                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-            return look_up(host, *rest, **options)
-
-        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-        broken = SMTPMailer("relay.invalid", 25)
-    else:
-        broken = SMTPMailer("127.0.0.1", closed_port())
-    for number in range(3):
-        queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
-    before = state(queue), content(queue)
-    route = Route(broken)
-    processor = QueueProcessorThread(queue, route, workers=2, max_age=60)
-    for days in (0, 1, 30):
-        processor._clock = lambda days=days: time.time() + days * 86400
-        caplog.clear()
-        counts = processor.process()
-        assert isinstance(counts.outage, RelayUnavailable), counts
-        assert outage != "certificate expired" or "expired" in str(counts.outage)
-        assert (counts.sent, counts.deferred, counts.failed, counts.left) == (0, 0, 0, 3)
-        (line,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-        assert line.getMessage().startswith("relay unavailable") and "\n" not in line.getMessage()
-        assert (state(queue), content(queue)) == before and events == []
-    route.mailer = sink.mailer()
-    assert processor.process().sent == 3
-    assert sink.recipients() == ["0@x.org", "1@x.org", "2@x.org"]
-
-
-def test_during_an_outage_nothing_wakes_a_processor(queue: Maildir) -> None:
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    with running(QueueProcessorThread(queue, Does(RelayUnavailable("down")), 3600)) as passes:
-        wait_until(lambda: passes)
-        for _ in range(20):
-            queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    assert [counts.left for counts in passes] == [1]
-
-
-def test_what_is_queued_during_a_pass_is_sent_at_once_by_the_next(queue: Maildir) -> None:
-    sent = []
-
-    class Mailer:
-        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
-            if not sent:
-                queue.add("app@x.org", ["bob@x.org"], MESSAGE)
-            sent.extend(toaddrs)
-
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    with running(QueueProcessorThread(queue, Mailer(), 3600)):
-        wait_until(lambda: sent == ["ann@x.org", "bob@x.org"])
-
-
-def test_a_processor_outlives_a_queue_that_cannot_be_read_for_a_while(queue: Maildir, relay: Relay, caplog: Any) -> None:
-    new = pathlib.Path(queue.path, "new")
-    processor = QueueProcessorThread(queue, relay.mailer(), 0.01)
-    away = new.rename(new.with_name("away"))
-    with running(processor):
-        wait_until(lambda: "cannot process" in caplog.text or not processor.is_alive())
-        away.rename(new)
-        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-        wait_until(lambda: relay.received)
-
-
-def test_workers_outlive_a_relay_that_grants_the_first_connection_alone(queue: Maildir, scripted: Any, caplog: Any) -> None:
-    def greeting(_line: str, connection: Any) -> str:
-        return USUAL["greeting"] if connection.number == 1 else "421 4.7.0 too many connections"
-
-    def end(_line: str, _connection: Any) -> str:
-        wait_until(lambda: len(server.connections) == 3)
-        return USUAL["end"]
-
-    server = scripted(answering(greeting=greeting, end=end))
-    for _ in range(6):
-        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    counts = QueueProcessorThread(queue, server.mailer(), workers=3).process()
-    assert (counts.sent, counts.left, counts.outage, caplog.records) == (6, 0, None, [])
-    assert [len(getattr(connection, "messages", ())) for connection in server.connections] == [6, 0, 0]
-
-
-def poisonous(verb: str) -> Callable[[Connection], None]:
-    """A relay that closes the connection at *verb* of the message from poison@x.org, every time."""
-
-    def dialogue(connection: Connection) -> None:
-        connection.greet()
-        sender = ""
-        while line := connection.line():
-            sender = line if line.startswith("MAIL") else sender
-            if "poison" in sender and line.startswith(verb):
-                return
-            connection.say("354 go on" if line == "DATA" else "250 2.0.0 Ok")
-            if line == "DATA":
-                connection.data()
-                if "poison" in sender:
-                    return
-                connection.say("250 2.0.0 Ok: queued")
-
-    return dialogue
-
-
-@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "data"])
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_message_that_the_relay_always_chokes_on_stops_no_other(
-    queue: Maildir, scripted: Any, events: Any, verb: str, workers: int
-) -> None:
-    for number in range(6):
-        queue.add("poison@x.org" if number in (0, 3) else "app@x.org", [f"{number}@x.org"], MESSAGE)
-    processor = QueueProcessorThread(queue, scripted(poisonous(verb)).mailer(), workers=workers)
-    for _ in range(3 if verb == "MAIL" else 1):  # before MAIL is answered, it is the relay that seems to be down
-        processor.process()
-    assert sorted(event.toaddrs[0] for event in events if isinstance(event, MailSentEvent)) == [
-        "1@x.org", "2@x.org", "4@x.org", "5@x.org"]
-    deferred = [event for event in events if isinstance(event, MailDeferredEvent)]
-    assert sorted(event.toaddrs[0] for event in deferred) == ([] if verb == "MAIL" else ["0@x.org", "3@x.org"])
-    assert {event.delivery_status for event in deferred} <= {"4.4.2"}
-    assert [",due=" in name for name in state(queue)["new"]] == [verb != "MAIL"] * 2
-
-
-def test_odd_files_are_left_alone_and_stop_nothing(
-    queue: Maildir, relay: Relay, caplog: Any, tmp_path: pathlib.Path
-) -> None:
-    outside = tmp_path / "outside"
-    outside.write_bytes(b"X-Zope-From: a@x.org\nX-Zope-To: victim@x.org\n" + MESSAGE)
-    for directory in ("new", "cur"):
-        root = pathlib.Path(queue.path, directory)
-        (root / "1.link").symlink_to(outside)
-        (root / "1.dangling").symlink_to(tmp_path / "nowhere")
-        (root / "1.directory").mkdir()
-        os.mkfifo(root / "1.fifo")
-        with socket.socket(socket.AF_UNIX) as unix:
-            unix.bind(str(root / "1.socket"))
-        (root / ".hidden").write_bytes(outside.read_bytes())
-    pathlib.Path(queue.path, "tmp", "1.link").symlink_to(outside)
-    os.utime(outside, (0, 0))
-    os.utime(pathlib.Path(queue.path, "tmp", "1.link"), (0, 0), follow_symlinks=False)
-    before = state(queue)
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    processor = QueueProcessorThread(queue, relay.mailer())
-    for _ in range(3):
-        processor.process()
-    assert [message.recipients for message in relay.received] == [["ann@x.org"]]
-    assert state(queue) == before and outside.exists()
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-
-
-def test_a_message_with_a_header_that_looks_like_ours_arrives_whole(queue: Maildir, relay: Relay) -> None:
-    message = b"X-Sendmail-Error: mine\n" + MESSAGE
-    queue.add("app@x.org", ["ann@x.org"], message)
-    QueueProcessorThread(queue, relay.mailer()).process()
-    assert relay.received[0].content == crlf(message)
-
-
-def test_no_file_is_opened_in_a_way_that_follows_a_link(bench: Bench) -> None:
-    root = bench.directory / "links"
-    mixed_queue(root)
-    (root / "tmp" / "1.litter").write_bytes(b"X-Zope-From: app@x.org\nX-Zope-To: old@x.org\nHello")
-    os.utime(root / "tmp" / "1.litter", (0, 0))
-    run = bench.run(PASS, root)
-    assert any("removed" in line and "old@x.org" in line for line in run.told)
-    opened = [text for call, text in run.calls if call == "openat" and f"{root}/" in text.partition(",")[2]]
-    assert len(opened) > 10
-    assert [text for text in opened if not re.search("O_NOFOLLOW|O_EXCL|O_DIRECTORY", text)] == []
-
-
-def test_the_trigger_is_opened_through_no_link(queue: Maildir, tmp_path: pathlib.Path) -> None:
-    os.mkfifo(tmp_path / "theirs")
-    theirs = os.open(tmp_path / "theirs", os.O_RDWR | os.O_NONBLOCK)
-    pathlib.Path(queue.path, "trigger").symlink_to(tmp_path / "theirs")
-    assert queue._open_trigger() == []
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    with pytest.raises(BlockingIOError):
-        os.read(theirs, 1)
-    os.close(theirs)
-
-
-def test_the_exit_of_a_forked_child_neither_stops_nor_wakes_the_processor(queue: Maildir) -> None:
-    code = """
-import os, time, sendmail
-processor = sendmail.QueueProcessorThread(sys.argv[1], sendmail.StreamMailer(), 3600)
-passes, make_pass = [], processor.process
-processor.process = lambda: (passes.append(1), make_pass())[1]
-processor.start()
-while not passes: time.sleep(0.01)
-if not os.fork():
-    sys.exit()
-os.wait()
-sendmail.Maildir(sys.argv[1]).add("app@x.org", "ann@x.org", "")
-while len(passes) < 2: time.sleep(0.01)
-processor.stop()
-processor.join()
-print(len(passes), file=sys.stderr)
-"""
-    command = python_command(code, queue.path, options=["-W", "ignore"])
-    ran = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    assert ran.stderr == b"2\n"
-
-
-def test_a_queue_stays_where_it_is_when_the_process_changes_its_directory(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    queue = Maildir("queue")
-    monkeypatch.chdir("/")
-    queue.add("app@x.org", "ann@x.org", MESSAGE)
-    assert list(state(tmp_path / "queue")) == ["new"]
-
-
-def test_a_queue_behind_a_link_is_made_and_gives_up_at_once(tmp_path: pathlib.Path, relay: Relay) -> None:
-    (tmp_path / "real" / "q").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    (tmp_path / "q").symlink_to(tmp_path / "real" / "q")
-    relay.data_reply = "550 5.7.1 no"
-    for path in (tmp_path / "link" / "other", tmp_path / "q"):
-        queue = Maildir(path)
-        queue.add("app@x.org", "ann@x.org", MESSAGE)
-        assert QueueProcessorThread(queue, relay.mailer()).process().failed == 1
-        assert list(state(queue)) == [".failed/new"]
-
-
-def test_what_an_outage_interrupts_counts_as_left(queue: Maildir) -> None:
-    class Mailer:
-        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
-            if "100@x.org" in toaddrs:
-                raise RelayUnavailable("gone")
-
-    queue.add("app@x.org", [f"{number}@x.org" for number in range(150)], MESSAGE)
-    counts = QueueProcessorThread(queue, Mailer()).process()
-    assert (counts.sent, counts.left) == (1, 1) and list(state(queue)) == ["new"]
-
-
-def test_requeue_passes_over_what_is_no_message(queue: Maildir, relay: Relay) -> None:
-    relay.data_reply = "550 5.7.1 no"
-    queue.add("app@x.org", "ann@x.org", MESSAGE)
-    QueueProcessorThread(queue, relay.mailer()).process()
-    pathlib.Path(queue.path, ".failed/new/0").mkdir()
-    pathlib.Path(queue.path, ".failed/new/1").symlink_to("nowhere")
-    assert sendmail.main(["--maildir", queue.path, "--requeue"]) == 0
-    assert len(state(queue)["new"]) == 1
-
-
-@pytest.mark.parametrize("make", [pathlib.Path.touch, pathlib.Path.mkdir])
-def test_a_trigger_that_is_no_fifo_is_ignored(queue: Maildir, relay: Relay, make: Any) -> None:
-    make(pathlib.Path(queue.path, "trigger"))
-    with running(QueueProcessorThread(queue, relay.mailer(), 3600)) as passes:
-        wait_until(lambda: passes)
-        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    assert len(passes) == 1  # it neither woke nor span
-    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
-    trigger = pathlib.Path(queue.path, "trigger")
-    assert trigger.is_dir() or trigger.read_bytes() == b""
-
-
-@pytest.mark.parametrize("broken", [
-    b"", b"\n", b"X-Zope-From: a@x.org\n", b"X-Zope-From: a@x.org\nX-Zope-To: \n\nbody", b"Subject: x\n\nbody\n",
-    b"X-Zope-To: b@x.org\nX-Zope-From: a@x.org\n\nx", b"\xff\xfe\x00" * 1000,
-])
-def test_a_file_without_a_readable_envelope_is_kept_in_failed(
-    queue: Maildir, relay: Relay, caplog: Any, broken: bytes
-) -> None:
-    pathlib.Path(queue.path, "new", "1.broken").write_bytes(broken)
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    counts = QueueProcessorThread(queue, relay.mailer()).process()
-    assert (counts.sent, counts.failed, counts.left) == (1, 1, 0)
-    assert list(state(queue)) == [".failed/new"] and content(queue) == [broken]
-    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
-
-
-@pytest.mark.parametrize("name", ["message", "msg.1.example.com", "12a.x", ",due=1", "9" * 40 + ".x"])
-def test_a_foreign_file_name_is_no_trouble(queue: Maildir, sink: Sink, events: Any, caplog: Any, name: str) -> None:
-    text = b"X-Zope-From: app@x.org\nX-Zope-To: ann@x.org, deferred@x.org\n" + MESSAGE
-    pathlib.Path(queue.path, "new", name).write_bytes(text)
-    counts = QueueProcessorThread(queue, sink.mailer()).process()
-    assert (counts.sent, counts.deferred, counts.left) == (1, 1, 1)
-    assert [type(event) for event in events] == [MailSentEvent, MailDeferredEvent]
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-    assert state(queue)["new"][0].startswith(name.partition(",")[0] + ",due=")
-    assert standing_recipients(queue) == {"new": ["deferred@x.org"]}
-
-
-def test_an_unreadable_file_is_named_in_one_line_and_stops_nothing(benches: Benches) -> None:
-    with benches.one() as bench, tempfile.TemporaryDirectory() as directory:
-        root = pathlib.Path(directory) / "queue"
-        Maildir(root)
-        for number in range(2):
-            Maildir(root).add("app@x.org", [f"{number}@x.org"], MESSAGE)
-        unreadable, _ = state(root)["new"]
-        (root / "new" / unreadable).chmod(0)
-        drop = ""
-        if os.getuid() == 0:  # who reads everything
-            drop = "os.setgid(65534); os.setuid(65534)\n"
-            for path in (root.parent, root, *root.rglob("*")):
-                os.chown(path, 65534, 65534)
-        run = bench.run(drop + PASS, root, passes=3)
-        assert bench.sink.recipients() == ["1@x.org"] and state(root) == {"new": [unreadable]}
-        (line,) = [line for line in run.told if line.startswith("log")]
-        assert line.startswith("log ERROR") and unreadable in line and "Permission denied" in line
-
-
-# ------------------------------------------------------------------------------------------------ age and schedule
-
-
-@pytest.mark.parametrize(("age", "delay"), [
-    (-86400, 60), (-1, 60), (0, 60), (1, 60), (60, 60), (61, 61), (600, 600), (3599, 3599), (3600, 3600), (3601, 3600),
-    (4 * 86400, 3600),
-])
-def test_the_next_try_is_as_far_away_as_the_message_is_old(
-    queue: Maildir, relay: Relay, events: Any, age: int, delay: int
-) -> None:
-    relay.refusals = {"ann@x.org": "450 4.2.1 busy"}
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    (name,) = state(queue)["new"]
-    now = int(name.partition(".")[0]) + age
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor._clock = lambda: float(now)
-    assert processor.process().deferred == 1
-    assert state(queue) == {"new": [f"{name},due={now + delay}"]}
-    assert events[0].retry_at == now + delay
-
-
-@pytest.mark.parametrize(("due", "sent"), [(-86400, 1), (0, 1), (1, 0), (3600, 0), (3700, 1), (10**12, 1)])
-def test_state_new_is_due_from_the_time_in_its_name_on_or_at_once_where_a_clock_was_wrong(
-    queue: Maildir, relay: Relay, due: int, sent: int
-) -> None:
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    (path,) = pathlib.Path(queue.path, "new").iterdir()
-    now = int(time.time())
-    path.rename(f"{path},due={now + due}")
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor._clock = lambda: float(now)
-    assert processor.process().sent == sent
-
-
-@pytest.mark.parametrize(("age", "outcome"), [(3599, "deferred"), (3600, "deferred"), (3602, "failed")])
-def test_max_age_gives_up_on_an_answer_of_the_messages_own(
-    queue: Maildir, relay: Relay, age: int, outcome: str
-) -> None:
-    relay.refusals = {"ann@x.org": "450 4.2.1 busy"}
-    queue.add("app@x.org", ["ann@x.org", "bob@x.org"], MESSAGE)
-    now = int(state(queue)["new"][0].partition(".")[0]) + age
-    processor = QueueProcessorThread(queue, relay.mailer(), max_age=3600)
-    processor._clock = lambda: float(now)
-    counts = processor.process()
-    assert (counts.sent, counts.deferred, counts.failed) == (1, outcome == "deferred", outcome == "failed")
-    assert list(state(queue)) == [".failed/new" if outcome == "failed" else "new"]
-    assert b"X-Zope-To: ann@x.org\nX-Sendmail-Error: 4.2.1 450 4.2.1 busy\n" in content(queue)[0]
-
-
-@pytest.mark.parametrize("how", ["processor", "command line"])
-@pytest.mark.parametrize(("age", "place"), [(5 * 86400 - 60, "new"), (5 * 86400 + 60, ".failed/new")])
-def test_a_message_is_given_up_after_five_days_by_default(
-    run: Any, queue: Maildir, relay: Relay, how: str, age: int, place: str
-) -> None:
-    relay.data_reply = "450 4.2.1 busy"
-    file = pathlib.Path(queue.path, "new", f"{int(time.time()) - age}.M1P1Q1.host")
-    file.write_bytes(b"X-Zope-From: app@x.org\nX-Zope-To: ann@x.org\n" + MESSAGE)
-    if how == "processor":
-        QueueProcessorThread(queue, relay.mailer()).process()
-    else:
-        assert run("--maildir", queue.path, *to_relay(relay))[0] == 0
-    assert list(state(queue)) == [place]
-
-
-def test_a_name_has_one_due_time_however_often_it_is_deferred(queue: Maildir, relay: Relay) -> None:
-    relay.data_reply = "450 4.2.1 busy"
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    (name,) = state(queue)["new"]
-    processor = QueueProcessorThread(queue, relay.mailer())
-    for hours in range(3):
-        processor._clock = lambda hours=hours: time.time() + hours * 3601
-        assert processor.process().deferred == 1
-        (deferred,) = state(queue)["new"]
-        assert re.fullmatch(rf"{re.escape(name)},due=\d+", deferred)
-
-
-# ------------------------------------------------------------------------------------------------------------ stop
-
-RUNNING = """
-import sys, sendmail
-mailer = sendmail.SMTPMailer("127.0.0.1", int(sys.argv[2]))
-processor = sendmail.QueueProcessorThread(sys.argv[1], mailer, 0.05, workers=int(sys.argv[3]))
-stop = processor.stop
-processor.stop = lambda: (stop(), print("stopping", flush=True))
-processor.start()
-input()
-"""
-
-
-@pytest.mark.parametrize("how", ["exit", "stop()"])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_stopping_finishes_the_message_in_hand_and_starts_no_other(
-    queue: Maildir, sink: Sink, background: Any, how: str, workers: int
-) -> None:
-    for number in range(5):
-        queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
-    sink.gate.clear()
-    code = RUNNING + "processor.stop(); processor.join()" * (how == "stop()")
-    command = python_command(code, queue.path, sink.port, workers)
-    process = background(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    wait_until(lambda: len(sink.taken) == workers)
-    process.stdin.write(b"\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == b"stopping\n"
-    assert process.poll() is None
-    sink.gate.set()
-    assert process.wait(20) == 0
-    assert sorted(sink.recipients()) == ["0@x.org", "1@x.org"][:workers]
-    assert [(directory, len(names)) for directory, names in state(queue).items()] == [("new", 5 - workers)]
-
-
-def pending(pid: int, signum: int) -> bool:
-    """Whether a signal still waits to be taken by a process."""
-    status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    return any(int(mask, 16) >> signum - 1 & 1 for mask in re.findall(r"(?m)^S(?:ig|hd)Pnd:\s*(\w+)", status))
-
-
-SIGNALS = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-ONCE_AND_ON = pytest.mark.parametrize("arguments", [[], ["--interval", "0.05"]], ids=["once", "and on"])
-
-
-@SIGNALS
-@ONCE_AND_ON
-def test_a_signal_finishes_the_message_in_hand_and_starts_no_other(
-    queue: Maildir, sink: Sink, background: Any, arguments: Any, signum: int
-) -> None:
-    for _ in range(5):
-        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    sink.gate.clear()
-    process = background(*processor_command(queue, sink, *arguments), stderr=subprocess.PIPE)
-    wait_until(lambda: sink.taken)
-    process.send_signal(signum)
-    wait_until(lambda: not pending(process.pid, signum))
-    sink.gate.set()
-    assert (process.wait(20), process.stderr.read()) == (0, b"")
-    assert sink.recipients() == ["ann@x.org"]
-    assert [(directory, len(names)) for directory, names in state(queue).items()] == [("new", 4)]
-
-
-@SIGNALS
-@ONCE_AND_ON
-def test_a_second_signal_ends_at_once_and_the_next_pass_recovers(
-    queue: Maildir, sink: Sink, relay: Relay, background: Any, arguments: Any, signum: int
-) -> None:
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    sink.gate.clear()
-    process = background(*processor_command(queue, sink, *arguments), stderr=subprocess.DEVNULL)
-    wait_until(lambda: sink.taken)
-    # two that come at the same time are one: send it until it is understood
-    wait_until(lambda: process.send_signal(signum) or process.poll() is not None)
-    assert process.returncode == -signum
-    assert list(state(queue)) == ["cur"]
-    assert command_line("--maildir", queue.path, *to_relay(relay)).returncode == 0
-    assert (len(relay.received), state(queue)) == (1, {})
-
-
-# ----------------------------------------------------------------------------------------------------------- names
-
-
-def test_the_same_message_refused_twice_overwrites_nothing(queue: Maildir, relay: Relay) -> None:
-    relay.refusals = {"ann@x.org": "550 5.1.1 unknown", "bob@x.org": "550 5.1.1 unknown", "eve@x.org": "450 4.2.1 busy"}
-    queue.add("app@x.org", ["ann@x.org", "eve@x.org"], MESSAGE)
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor.process()
-    relay.refusals["eve@x.org"] = "550 5.1.1 unknown"
-    processor._clock = lambda: time.time() + 3600
-    processor.process()
-    failed = state(queue)[".failed/new"]
-    assert standing_recipients(queue) == {".failed/new": ["ann@x.org", "eve@x.org"]}
-    assert command_line("--maildir", queue.path, "--requeue").returncode == 0
-    assert standing_recipients(queue) == {"new": ["ann@x.org", "eve@x.org"]}
-    processor.process()
-    assert standing_recipients(queue) == {".failed/new": ["ann@x.org", "eve@x.org"]}
-    assert not set(failed) & set(state(queue)[".failed/new"])
-
-
-def test_requeueing_one_half_while_the_other_is_claimed_sends_both(
-    queue: Maildir, sink: Sink, relay: Relay, background: Any
-) -> None:
-    relay.refusals = {"ann@x.org": "550 5.1.1 unknown", "bob@x.org": "450 4.2.1 busy"}
-    queue.add("app@x.org", ["ann@x.org", "bob@x.org"], MESSAGE)
-    QueueProcessorThread(queue, relay.mailer()).process()
-    relay.refusals = {}
-    (deferred,) = pathlib.Path(queue.path, "new").iterdir()
-    deferred.rename(re.sub(r",due=.*", ",due=1", str(deferred)))
-    sink.gate.clear()
-    slow = background(*processor_command(queue, sink))
-    wait_until(lambda: sink.taken)
-    assert command_line("--maildir", queue.path, "--requeue").returncode == 0
-    assert standing_recipients(queue) == {"cur": ["bob@x.org"], "new": ["ann@x.org"]}
-    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
-    sink.gate.set()
-    assert slow.wait(20) == 0
-    assert sink.recipients() == ["bob@x.org"] and relay.received[-1].recipients == ["ann@x.org"]
-    assert state(queue) == {}
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_a_message_that_a_mail_client_has_moved_and_marked_is_requeued(
-    run: Any, queue: Maildir, relay: Relay, named: bool
-) -> None:
-    relay.refusals = {"ann@x.org": "550 5.1.1 unknown"}
-    for _ in range(2):
-        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor.process()
-    seen, unseen = (pathlib.Path(queue.path, ".failed/new", name) for name in state(queue)[".failed/new"])
-    marked = seen.rename(pathlib.Path(queue.path, ".failed/cur", f"{seen.name}:2,S"))
-    names = [marked.name, unseen.name] if named else []
-    assert run("--maildir", queue.path, "--requeue", *names)[0] == 0
-    assert list(state(queue)) == ["new"] and len(set(state(queue)["new"])) == 2
-    assert not any(":2," in name or name in (seen.name, unseen.name) for name in state(queue)["new"])
-    relay.refusals = {}
-    assert processor.process().sent == 2
-
-
-def test_refusing_and_requeueing_at_the_same_time_loses_and_repeats_nothing(
-    queue: Maildir, sink: Sink, background: Any
-) -> None:
-    for number in range(60):
-        queue.add("app@x.org", [f"sent{number}@x.org", f"refused{number}@x.org"], MESSAGE)
-    processors = [background(*processor_command(queue, sink, "--interval", 0.02, "--workers", 3),
-                             stderr=subprocess.DEVNULL) for _ in range(2)]
-    wait_until(lambda: (pathlib.Path(queue.path) / ".failed").exists())
-    for _ in range(8):
-        assert command_line("--maildir", queue.path, "--requeue").returncode == 0
-    for process in processors:
-        process.terminate()
-    assert [process.wait(20) for process in processors] == [0, 0]
-    QueueProcessorThread(queue, sink.mailer()).process()
-    assert sink.recipients() == sorted(f"sent{number}@x.org" for number in range(60))
-    assert standing_recipients(queue) == {".failed/new": sorted(f"refused{number}@x.org" for number in range(60))}
-
-
-# -------------------------------------------------------------------------------------------------------- security
-
-
-@pytest.mark.parametrize("umask", [0, 0o077])
-@pytest.mark.parametrize(("given", "directories", "files"), [
-    (None, 0o700, 0o600), (0o700, 0o700, 0o600), (0o2770, 0o2770, 0o660), (0o750, 0o750, 0o640),
-])
-def test_rights_follow_the_queue_directory_whatever_the_umask(
-    tmp_path: pathlib.Path, sink: Sink, background: Any, umask: int, given: int | None, directories: int, files: int
-) -> None:
-    root = tmp_path / "queue"
-    if given is not None:
-        root.mkdir()
-        root.chmod(given)
-    command_line("--maildir", root, "-f", "app@x.org", "deferred@x.org", "refused@x.org", stdin=MESSAGE, umask=umask)
-    process = background(*processor_command(Maildir(root), sink, "--interval", 0.05), umask=umask,
-                         stderr=subprocess.DEVNULL)
-    wait_until(lambda: set(state(root)) == {"new", ".failed/new"} and ",due=" in state(root)["new"][0])
-    process.terminate()
-    assert process.wait(20) == 0
-    modes = {str(path): oct(stat.S_IMODE(path.lstat().st_mode)) for path in [root, *root.rglob("*")]}
-    assert modes == {path: oct(directories if os.path.isdir(path) else files) for path in modes}
-    assert (root / "trigger").is_fifo()
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="two users are needed, and only root can be them")
-def test_a_spool_that_one_user_fills_and_another_empties(bench: Bench) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)
-        root = pathlib.Path(directory) / "spool"
-        root.mkdir()
-        os.chown(root, 0, 4242)
-        root.chmod(0o2770)
-        web, cron = (f"os.umask(0o77); os.setgroups([4242]); os.setgid({n}); os.setuid({n})\n" for n in (4001, 4002))
-        add = "sendmail.Maildir(path).add('app@x.org', to, message)"
-        mixed = ["sent@x.org", "deferred@x.org", "refused@x.org"]
-        for to, left in (mixed, 1), (["more@x.org"], 1), (["refused@x.org"], 1):
-            bench.run(web + add, root, to=to)
-            assert bench.run(cron + PASS + "tell(f'left {processor.process().left}')", root).told[-1] == f"left {left}"
-        assert bench.sink.recipients() == ["more@x.org", "sent@x.org"]
-        assert standing_recipients(Maildir(root)) == {
-            ".failed/new": ["refused@x.org", "refused@x.org"], "new": ["deferred@x.org"]}
-        assert {path.stat().st_gid for path in root.rglob("*")} == {4242}
-
-
-HOSTILE = ["\x1b[2J", "\r", "\x00", "\x85", "\u2028", "\u202e", "\x7f", "\x9b2J"]
-
-
-@pytest.mark.parametrize("evil", HOSTILE, ids=ascii)
-def test_what_comes_from_outside_cannot_break_a_line_of_the_log_or_the_envelope(
-    queue: Maildir, scripted: Any, events: Any, caplog: Any, evil: str
-) -> None:
-    forged = f"{evil}sent message-id=<forged@x.org>"
-
-    def dialogue(connection: Connection) -> None:
-        connection.greet()
-        while line := connection.line():
-            if line.startswith("RCPT"):
-                kind = next((kind for kind in ("deferred", "refused") if kind in line), "sent")
-                code = {"sent": 250, "deferred": 450, "refused": 550}[kind]
-                connection.sock.sendall(f"{code} {str(code)[0]}.1.1 {forged}\r\n".encode())
-            elif line == "DATA":
-                connection.say("354 go on")
-                connection.data()
-                connection.sock.sendall(f"250 2.0.0 {forged}\r\n".encode())
-            else:
-                connection.say("250 Ok")
-
-    recipients = f"ann@x.org, deferred@x.org, refused@x.org, a{evil}b@x.org, eve@x.org{evil}"
-    lines = f"X-Zope-From: app@x.org\nX-Zope-To: {recipients}\n"
-    message = f"Message-Id: <{evil}m1@x.org>\nSubject: {evil}\n\nHello.\n"
-    new = pathlib.Path(queue.path, "new")
-    name = f"{int(time.time())}.{evil}".replace("\x00", "")
-    (new / f"{name}.1").write_bytes((lines + message).encode())
-    (new / f"{name}.2").write_bytes(b"no envelope")
-    caplog.set_level(logging.DEBUG, "sendmail")
-    QueueProcessorThread(queue, scripted(dialogue).mailer()).process()
-    assert [record.getMessage() for record in caplog.records if not record.getMessage().isprintable()] == []
-    assert {type(event) for event in events} == {MailSentEvent, MailDeferredEvent, MailErrorEvent}
-    for event in events:
-        texts = [event.message_id, event.fromaddr, *event.toaddrs, *vars(event).values()]
-        assert all(text.isprintable() for text in texts if isinstance(text, str))
-    for text in content(queue):
-        if text != b"no envelope":
-            head = text.decode().split("\n")
-            assert [line.partition(":")[0] for line in head[:4]] == [
-                "X-Zope-From", "X-Zope-To", "X-Sendmail-Error", "Message-Id"]
-            assert all(line.isprintable() for line in head[:3])
-            assert text.endswith(message.encode())
-
-
-def test_no_password_is_told_to_anybody(queue: Maildir, scripted: Any, events: Any, caplog: Any) -> None:
-    caplog.set_level(logging.DEBUG)
-    for password in ("hunter2-secret", "hunter2-sécret"):
-        mailer = scripted(reply_to("AUTH", "535 5.7.8 wrong")).mailer(username="u", password=password, no_tls=True)
-        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-        counts = QueueProcessorThread(queue, mailer).process()
-        told = [caplog.text, str(counts), str(counts.outage), repr(mailer), str(mailer), repr(events)]
-        assert counts.outage is not None and not [text for text in told if "hunter2" in text or "cret" in text]
-
-
-# ------------------------------------------------------------------------------------------------- depth and crowd
-
-IDLE = """
-import resource
-processor = sendmail.QueueProcessorThread(path, sendmail.SMTPMailer("127.0.0.1", port))
-processor.process()
-os.path.exists("/marker-1")
-for _ in range(3):
-    processor.process()
-os.path.exists("/marker-2")
-sendmail.Maildir(path).add("app@x.org", ["fresh@x.org"], message)
-tell(f"{processor.process().sent} sent, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")
-"""
-
-
-def test_an_idle_pass_over_100000_deferred_messages_lists_nothing(bench: Bench) -> None:
-    with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
-        root = pathlib.Path(directory) / "deep"
-        Maildir(root)
-        now = int(time.time())
-        for number in range(100_000):
-            os.mknod(f"{root}/new/{now}.M{number:06}P1Q1.host,due={now + 3000 + number % 500}", 0o600 | stat.S_IFREG)
-        for name in ("new", "cur"):
-            os.utime(root / name, (now - 60, now - 60))
-        run = bench.run(IDLE, root)
-    first, last = run.find("newfstatat", "/marker-1"), run.find("newfstatat", "/marker-2")
-    idle = [call for call, _ in run.calls[first + 1 : last] if call not in QUIET]
-    assert [call for call, _ in run.calls[:first]].count("getdents64") > 100
-    assert not {"getdents64", "openat", "connect"} & set(idle) and len(idle) <= 3 * 4
-    print(f"100,000 deferred: {len(idle) / 3:.0f} calls in an idle pass, then {run.told[-1]}")
-    assert run.told[-1].startswith("1 sent") and bench.sink.recipients() == ["fresh@x.org"]
-
-
-@pytest.mark.sweep
-def test_four_processes_with_four_workers_killed_at_random_lose_nothing(
-    tmp_path: pathlib.Path, background: Any, sink: Sink
-) -> None:
-    queue = Maildir(tmp_path / "crowded")
-    sink.delay = 0.02
-    everybody = [f"sent{number:04}@x.org" for number in range(2000)]
-    delivery = QueuedMailDelivery(queue)
-    for address in everybody:
-        delivery.send("app@x.org", [address], MESSAGE)
-    transaction.commit()
-
-    def start() -> Any:
-        command = processor_command(queue, sink, "--interval", 0.02, "--workers", 4)
-        return background(*command, stderr=subprocess.PIPE)
-
-    processes = [start() for _ in range(4)]
-    chance = random.Random(5)
-    kills = 0
-    while os.listdir(tmp_path / "crowded" / "new") or os.listdir(tmp_path / "crowded" / "cur"):
-        time.sleep(chance.uniform(0.0, 0.3))
-        victim = chance.randrange(4)
-        if sink.taken:
-            processes[victim].kill()
-            assert processes[victim].communicate(timeout=20)[1] == b""
-            processes[victim] = start()
-            kills += 1
-    for process in processes:
-        process.terminate()
-        process.communicate(timeout=20)
-    wait_until(lambda: not sink.busy)
-    assert set(sink.recipients()) == set(everybody)
-    assert sink.duplicates_outside_the_window() == []
-    assert len(sink.duplicates()) <= kills * 4
-    print(f"4 processes x 4 workers, 2,000 messages: {kills} kills, {len(sink.duplicates())} duplicates, in the window")
-    assert kills > 3 and state(queue).keys() <= {"tmp"}
-
-
-DIRECT = """
-delivery = sendmail.DirectMailDelivery(sendmail.SMTPMailer("127.0.0.1", port, timeout=30), fallback=path)
-for recipients in (["plain@x.org"], ["sent@x.org", "deferred@x.org", "refused@x.org"], ["dead@x.org"]):
-    delivery.send("app@x.org", recipients, message)
-transaction.commit()
-tell("committed")
-"""
-
-
-@pytest.mark.sweep
-def test_no_kill_in_a_direct_delivery_with_a_fallback_loses_what_was_committed(benches: Benches) -> None:
-    with benches.one() as bench:
-        traced = bench.run(DIRECT, bench.directory / "traced direct")
-        assert traced.told[-1] == "committed"
-
-    def kill_in_direct(bench: Bench, root: pathlib.Path, call: str, n: int) -> tuple[int, list[str]]:
-        run = bench.run(DIRECT, root, *killed_at(call, n))
-        Maildir(root)
-        wait_until(lambda: not bench.sink.busy)
-        if "committed" in run.told:
-            assert_nothing_lost(root, bench.sink)
-        else:
-            visible = {address for directory in ("new", "cur", ".failed/new") for address in standing(root, directory)}
-            committed = visible | set(bench.sink.recipients())
-            assert QueueProcessorThread(root, bench.sink.mailer()).process().outage is None
-            assert committed & {"plain@x.org", "sent@x.org", "dead@x.org"} == set(bench.sink.recipients())
-        assert not bench.sink.duplicates_outside_the_window()
-        return run.status, bench.sink.duplicates()
-
-    points = kill_points(traced)
-    assert_kills("a direct delivery", points, benches.sweep(kill_in_direct, points))
-
-
-# ==================================================================================================== transactions and events
+# ---------------------------------------------------------------------------- crashes and faults: disks full and broken
 
 DAY = 24 * 3600
-
-
-# ---------------------------------------------------------------------------------------------------- events
-
-
-@pytest.mark.parametrize("event", [
-    MailSentEvent("id", SENDER, (ANN,), "250 2.0.0 Ok"),
-    MailErrorEvent("id", SENDER, (ANN,), "550 5.1.1 no", "5.1.1"),
-    MailDeferredEvent("id", SENDER, (ANN,), "450 4.2.1 busy", "4.2.1", 1.5),
-], ids=lambda event: type(event).__name__)
-def test_events_are_values_that_nobody_can_change(event):
-    assert isinstance(event, MailEvent)
-    assert (event.message_id, event.fromaddr, event.toaddrs) == ("id", SENDER, (ANN,))
-    assert event == dataclasses.replace(event) and hash(event) == hash(dataclasses.replace(event))
-    for field in dataclasses.fields(event):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(event, field.name, None)
-
-
-def test_every_handler_gets_every_event_in_the_order_of_subscription_until_it_is_unsubscribed():
-    got = []
-
-    @sendmail.subscribe
-    def first(event):
-        got.append(("first", event))
-        sendmail.unsubscribe(first)  # in the middle of a round: the others get theirs
-
-    assert sendmail.subscribe(second := lambda event: got.append(("second", event))) is second
-    sendmail.notify("one")
-    sendmail.notify("two")
-    assert got == [("first", "one"), ("second", "one"), ("second", "two")]
-    sendmail.unsubscribe(second)
-    sendmail.notify("three")
-    assert len(got) == 3
-    with pytest.raises(ValueError):
-        sendmail.unsubscribe(second)
-
-
-def provoke(origin, queue, relay):
-    """Send a message in such a way that one event follows."""
-    if origin == "processor":
-        queue.add(SENDER, ANN, a_message("cause"))
-        QueueProcessorThread(queue, relay.mailer()).process()
-    else:
-        manager = transaction.TransactionManager(explicit=True) if origin == "explicit" else transaction.manager
-        delivery = make_delivery("fallback" if origin == "fallback" else "direct", queue, relay.mailer(), manager)
-        with manager:
-            delivery.send(SENDER, ANN, a_message("cause"))
-        if origin == "explicit":
-            with pytest.raises(NoTransaction):
-                manager.get()
-
-
-CONDUCTS = {
-    "raises": fail_here,
-    "aborts": lambda: transaction.abort(),
-    "begins": lambda: transaction.begin(),
-    "commits": lambda: transaction.commit(),
-    "dooms": lambda: transaction.doom(),
-    "joins": lambda: transaction.get().join(OtherManager()),
-    "joins one that fails in its vote": lambda: transaction.get().join(OtherManager("tpc_vote", fail_here)),
-    "joins one that fails in its finish": lambda: transaction.get().join(OtherManager("tpc_finish", fail_here)),
-    "adds a hook that fails": lambda: transaction.get().addAfterCommitHook(lambda _committed: fail_here()),
-    "takes a savepoint": lambda: transaction.savepoint().rollback(),
-    "makes the manager explicit": lambda: setattr(transaction.manager, "explicit", True),
-}
-
-
-@pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
-@pytest.mark.parametrize("conduct", CONDUCTS)
-def test_whatever_a_handler_does_hurts_nobody(conduct, origin, queue, relay):
-    seen = []
-    sendmail.subscribe(lambda event: CONDUCTS[conduct]())
-    sendmail.subscribe(lambda event: seen.append((event, transaction.get(), transaction.get().status)))
-    managers = transaction.manager.manager, transaction.manager.explicit
-    provoke(origin, queue, relay)
-    [(event, its_transaction, status)] = seen
-    assert isinstance(event, MailSentEvent) and event.toaddrs == (ANN,)
-    assert status == transaction.begin().status and its_transaction is not transaction.get()
-    assert (transaction.manager.manager, transaction.manager.explicit) == managers
-    after = OtherManager()
-    transaction.get().join(after)
-    transaction.commit()
-    assert after.phases == PHASES
-    assert delivered(queue, relay) == ["cause"]
-
-
-@pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
-def test_each_handler_has_a_new_transaction_that_is_committed_or_aborted_with_its_work(origin, queue, relay):
-    transactions, works = [], [OtherManager() for _ in range(4)]
-
-    def handler(work, then):
-        def handle(_event):
-            transactions.append(transaction.get())
-            transaction.get().join(work)
-            then()
-        return sendmail.subscribe(handle)
-
-    handler(works[0], lambda: None)
-    handler(works[1], fail_here)
-    handler(works[2], transaction.doom)
-    handler(works[3], lambda: None)
-    transaction.manager.explicit = origin == "fallback"  # an explicit default manager is no obstacle
-    provoke(origin, queue, relay)
-    assert [work.phases for work in works] == [PHASES, ["abort"], ["abort"], PHASES]
-    assert len(set(map(id, transactions))) == 4
-
-
-@pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
-def test_a_handler_may_send_mail_itself(delivery, origin, queue, relay):
-    happened = []
-
-    @sendmail.subscribe
-    def answer(event):
-        happened.append(event.message_id)
-        if event.message_id == "cause@example.com":
-            delivery.send(SENDER, BOB, a_message("effect"))
-
-    provoke(origin, queue, relay)
-    assert delivered(queue, relay) == ["cause", "effect"]
-    assert happened == ["cause@example.com", "effect@example.com"]
-
-
-def test_a_processor_that_runs_inside_an_open_transaction_leaves_it_alone(queue, relay, events):
-    queue.add(SENDER, ANN, a_message("one"))
-    work = OtherManager()
-    transaction.get().join(work)
-    QueuedMailDelivery(queue).send(SENDER, ANN, a_message("two"))
-    QueueProcessorThread(queue, relay.mailer()).process()
-    assert len(events) == 1 and work.phases == [] and list(state(queue)) == ["tmp"]
-    transaction.commit()
-    assert work.phases == PHASES and delivered(queue, relay) == ["one", "two"]
-
-
-@pytest.mark.parametrize("origin", ["fallback", "processor"])
-@pytest.mark.parametrize("reply, place", [("", []), ("450 4.2.1 busy", ["new"]), ("550 5.1.1 no", [".failed/new"])])
-def test_an_event_follows_the_rename_or_unlink_that_it_tells_of(reply, place, origin, queue, relay):
-    places = []
-    sendmail.subscribe(lambda event: places.append(list(state(queue))))
-    relay.refusals = {ANN: reply} if reply else {}
-    provoke(origin, queue, relay)
-    assert places == [place]
-
-
-@pytest.mark.parametrize("kind", ["direct", "fallback"])
-def test_no_handler_runs_before_every_data_manager_is_finished(delivery):
-    last = OtherManager(key="~~~~")
-    seen = []
-    sendmail.subscribe(lambda _event: seen.append((list(last.phases), transaction.get() is committing)))
-    committing = transaction.begin()
-    committing.join(last)
-    delivery.send(SENDER, ANN, MESSAGE)
-    transaction.commit()
-    assert seen == [(PHASES, False)]
-
-
-# ---------------------------------------------------------------------------------------- the data manager
-
-
-def test_one_data_manager_per_delivery_and_transaction_keeps_the_interface(kind, queue, relay):
-    delivery, other = (make_delivery(kind, queue, relay.mailer()) for _ in range(2))
-    database = OtherManager(key="~sqlalchemy:139872398472398")
-    transaction.get().join(database)
-    for _ in range(3):
-        delivery.send(SENDER, ANN, MESSAGE)
-    other.send(SENDER, ANN, MESSAGE)
-    _, first, second = transaction.get()._resources
-    for manager in (first, second):
-        assert verifyObject(ISavepointDataManager, manager, tentative=True)
-        assert manager.transaction_manager is transaction.manager
-        assert manager.sortKey() > database.sortKey()
-    assert first.sortKey() != second.sortKey()
-
-
-@pytest.mark.parametrize("calls", [
-    "abort", "tpc_abort", "abort tpc_abort", "abort abort tpc_abort tpc_abort", "tpc_begin tpc_abort abort",
-    "tpc_begin abort tpc_abort", "tpc_begin commit abort tpc_abort", "tpc_begin commit commit tpc_abort tpc_abort",
-    "tpc_begin commit tpc_vote tpc_abort", "tpc_begin commit tpc_vote tpc_vote abort tpc_abort abort tpc_finish",
-])
-def test_an_aborted_data_manager_leaves_nothing_in_whatever_order_it_is_called(calls, delivery, queue, relay, events):
-    delivery.send(SENDER, ANN, MESSAGE)
-    current = transaction.get()
-    [manager] = current._resources
-    for call in calls.split():
-        getattr(manager, call)(current)
-    assert state(queue) == {} and relay.received == []
-    manager.savepoint().rollback()
-    transaction.abort()
-    assert state(queue) == {} and relay.received == [] and events == []
-
-
-@pytest.mark.parametrize("calls", [
-    "abort", "tpc_abort", "abort tpc_abort", "tpc_abort abort", "tpc_finish", "tpc_finish tpc_abort",
-    "tpc_begin commit tpc_vote tpc_finish", "tpc_begin commit tpc_vote tpc_abort", "savepoint abort",
-])
-def test_a_finished_data_manager_touches_nothing_in_whatever_order_it_is_called(calls, delivery, kind, queue, relay):
-    delivery.send(SENDER, ANN, MESSAGE)
-    current = transaction.get()
-    [manager] = current._resources
-    before = manager.savepoint()
-    transaction.commit()
-    after, files = content(queue), state(queue)
-    assert list(files) == (["new"] if kind == "queued" else [])
-    for call in calls.split():
-        manager.savepoint().rollback() if call == "savepoint" else getattr(manager, call)(current)
-    before.rollback()
-    assert (content(queue), state(queue)) == (after, files)
-    assert delivered(queue, relay) == ["Hello"]
-
-
-# upper and lower case: two deliveries; a digit: a savepoint; <digit: a rollback to it
-@pytest.mark.parametrize("script, expected", [
-    ("a 1 b <1", "a"),
-    ("1 a <1", ""),
-    ("1 a <1 b", "b"),
-    ("1 a <1 b <1 c", "c"),
-    ("a 1 <1 <1 b", "ab"),
-    ("a 1 b 2 c <1 d", "ad"),
-    ("a 1 b 2 c <2 d", "abd"),
-    ("1 a 2 b <2 c <1 d", "d"),
-    ("1 a 2 b <1 <1", ""),
-    ("1 a <1 2 b 3 c <3 d <2 e", "e"),
-    ("a 1 A b <1 B", "aB"),
-    ("a 1 A 2 b B <2 c C", "aAcC"),
-    ("1 a A <1 B", "B"),
-])
-def test_a_rollback_drops_exactly_what_was_sent_after_the_savepoint(script, expected, kind, queue, relay):
-    lower, upper = (make_delivery(kind, queue, relay.mailer()) for _ in range(2))
-    savepoints = {}
-    for step in script.split():
-        if step[0] == "<":
-            savepoints[step[1]].rollback()
-        elif step.isdigit():
-            savepoints[step] = transaction.savepoint()
-        else:
-            (lower if step.islower() else upper).send(SENDER, ANN, a_message(step))
-    assert sorted(subjects(content(queue))) == (sorted(expected) if kind != "direct" else [])
-    transaction.commit()
-    assert sorted(delivered(queue, relay)) == sorted(expected)
-
-
-def test_a_savepoint_that_another_data_manager_refuses_drops_the_mail_with_the_transaction(delivery, queue, relay):
-    delivery.send(SENDER, ANN, a_message("one"))
-    transaction.get().join(OtherManager())  # which knows no savepoints
-    with pytest.raises(TypeError):
-        transaction.savepoint()
-    with pytest.raises(TransactionFailedError):
-        delivery.send(SENDER, ANN, a_message("two"))
-    with pytest.raises(TransactionFailedError):
-        transaction.commit()
-    assert state(queue) == {} and relay.received == []
-
-
-def test_deliveries_at_the_same_address_are_never_mixed_up(kind, tmp_path):
-    queues = [Maildir(tmp_path / str(number)) for number in range(20)]
-    seen = [[] for _ in queues]
-
-    class Into:
-        def __init__(self, number): self.number = number
-        def send(self, fromaddr, toaddrs, message): seen[self.number].append(message)
-
-    for number, queue in enumerate(queues):
-        make_delivery(kind, queue, Into(number)).send(SENDER, ANN, a_message(f"n{number}"))
-        gc.collect()
-    transaction.commit()
-    for number, queue in enumerate(queues):
-        assert subjects(content(queue) + seen[number]) == [f"n{number}"]
-
-
-# ------------------------------------------------------------------- transactions that come to nothing, or late
-
-
-@pytest.mark.parametrize("key", ["database", "~~~~"])
-@pytest.mark.parametrize("phase", PHASES)
-def test_another_data_manager_that_fails_stops_the_mail_unless_it_is_let_go(
-    phase, key, delivery, kind, queue, relay, events
-):
-    delivery.send(SENDER, ANN, a_message("one"))
-    transaction.get().join(OtherManager(phase, fail_here, key))
-    with pytest.raises(RuntimeError, match="broken"):
-        transaction.commit()
-    let_go = phase == "tpc_finish" and key == "~~~~"
-    assert bool(state(queue)) == (let_go and kind == "queued")
-    assert len(events) == (let_go and kind != "queued")  # whatever the status of the commit
-    transaction.abort()
-    with transaction.manager:
-        delivery.send(SENDER, ANN, a_message("two"))
-    assert delivered(queue, relay) == (["one", "two"] if let_go else ["two"])
-
-
-def test_a_doomed_transaction_sends_nothing(delivery, queue, relay):
-    delivery.send(SENDER, ANN, a_message("one"))
-    transaction.doom()
-    delivery.send(SENDER, ANN, a_message("two"))
-    with pytest.raises(DoomedTransaction):
-        transaction.commit()
-    transaction.abort()
-    assert state(queue) == {} and relay.received == []
-    transaction.commit()
-    assert state(queue) == {} and relay.received == []
-
-
-def test_nothing_shows_while_a_slow_data_manager_votes(delivery, kind, queue, relay):
-    voting, go_on = threading.Event(), threading.Event()
-
-    def commit():
-        delivery.send(SENDER, ANN, a_message("one"))
-        transaction.get().join(OtherManager("tpc_vote", lambda: (voting.set(), go_on.wait(20)), "~~~~"))
-        transaction.commit()
-
-    thread = threading.Thread(target=commit)
-    thread.start()
-    assert voting.wait(20)
-    assert QueueProcessorThread(queue, relay.mailer()).process().left == 0
-    assert list(state(queue)) == (["tmp"] if kind != "direct" else []) and relay.received == []
-    go_on.set()
-    thread.join(20)
-    assert not thread.is_alive()
-    assert delivered(queue, relay) == ["one"]
-
-
-def test_mail_is_invisible_until_the_databases_are_finished(delivery, kind, queue, relay):
-    visible = []
-    transaction.get().join(OtherManager(
-        "tpc_finish", lambda: visible.append((list(state(queue)), len(relay.received))), "~sqlalchemy:1"))
-    delivery.send(SENDER, ANN, a_message("one"))
-    transaction.commit()
-    assert visible == [(["tmp"] if kind != "direct" else [], 0)]
-    assert delivered(queue, relay) == ["one"]
-
-
-@pytest.mark.parametrize("key", ["database", "~~~~"])
-@pytest.mark.parametrize("when", ["before the commit", *PHASES, "after the commit"])
-@pytest.mark.parametrize("joined", [True, False])
-def test_what_is_sent_during_a_commit_goes_out_or_is_refused(joined, when, key, delivery, queue, relay):
-    accepted, refused = [], []
-
-    def send(*_committed):
-        try:
-            accepted.append(delivery.send(SENDER, ANN, a_message("late")))
-        except ValueError as error:
-            refused.append(error)
-
-    if joined:
-        delivery.send(SENDER, ANN, a_message("one"))
-    current = transaction.get()
-    current.addBeforeCommitHook(send) if when == "before the commit" else None
-    current.addAfterCommitHook(send) if when == "after the commit" else None
-    current.join(OtherManager(when, send, key))
-    transaction.commit()
-    transaction.commit()  # before version 3 of `transaction`, hooks after the commit are in the next one
-    assert len(accepted) + len(refused) == 1
-    assert accepted or when != "before the commit"
-    assert delivered(queue, relay) == ["one"] * joined + ["late"] * len(accepted)
-
-
-def test_hooks_after_the_commit_cost_no_mail_though_they_abort_every_data_manager(delivery, queue, relay):
-    current = transaction.get()
-    current.addAfterCommitHook(lambda _committed: None)
-    current.addAfterCommitHook(lambda _committed: fail_here())
-    witness = OtherManager()
-    current.join(witness)
-    delivery.send(SENDER, ANN, a_message("one"))
-    transaction.commit()
-    assert witness.phases[:4] == PHASES
-    assert delivered(queue, relay) == ["one"]
-
-
-def test_a_hook_is_added_only_if_there_is_something_to_tell(queue):
-    witness = OtherManager()
-    transaction.get().join(witness)
-    QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
-    transaction.commit()
-    assert witness.phases == PHASES  # with a hook, an abort would follow
-
-
-# ------------------------------------------------------------------------------------ transaction managers
-
-
-def test_an_explicit_manager_rules_its_deliveries_and_no_other(kind, queue, relay):
-    manager = transaction.TransactionManager(explicit=True)
-    delivery = make_delivery(kind, queue, relay.mailer(), manager)
-    with pytest.raises(NoTransaction):
-        delivery.send(SENDER, ANN, a_message("never"))
-    assert state(queue) == {}
-    manager.begin()
-    delivery.send(SENDER, ANN, a_message("one"))
-    transaction.abort()
-    transaction.commit()
-    assert "new" not in state(queue) and relay.received == []
-    manager.commit()
-    with pytest.raises(NoTransaction):
-        delivery.send(SENDER, ANN, a_message("never"))
-    manager.begin()
-    delivery.send(SENDER, ANN, a_message("never"))
-    manager.abort()
-    with manager:
-        delivery.send(SENDER, ANN, a_message("two"))
-    assert delivered(queue, relay) == ["one", "two"]
-
-
-def test_an_explicit_default_manager_refuses_too(queue):
-    transaction.manager.explicit = True
-    with pytest.raises(NoTransaction):
-        QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
-    assert state(queue) == {}
-
-
-def test_three_deliveries_share_a_transaction(tmp_path, relay, events):
-    queues = [Maildir(tmp_path / name) for name in ("one", "two")]
-    deliveries = [make_delivery(*kind, relay.mailer()) for kind in zip(KINDS, (queues[0], None, queues[1]))]
-    for outcome in (transaction.abort, transaction.commit):
-        for number, delivery in enumerate(deliveries):
-            delivery.send(SENDER, ANN, a_message(f"{outcome.__name__}{number}"))
-        outcome()
-    assert subjects(content(queues[0])) == ["commit0"] and state(queues[1]) == {}
-    assert sorted(subjects(relay.received)) == ["commit1", "commit2"] and len(events) == 2
-
-
-def test_sixteen_threads_commit_fifty_times_each_through_one_delivery(queue):
-    delivery = QueuedMailDelivery(queue)
-
-    def work(thread):
-        for number in range(50):
-            if number % 5 == 0:
-                delivery.send(SENDER, ANN, a_message("aborted"))
-                transaction.abort()
-            delivery.send(SENDER, ANN, a_message(f"t{thread}n{number}"))
-            transaction.commit()
-
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        list(pool.map(work, range(16)))
-    assert sorted(subjects(content(queue))) == sorted(f"t{t}n{number}" for t in range(16) for number in range(50))
-    assert list(state(queue)) == ["new"]
-
-
-# ----------------------------------------------------------------------------------------------- databases
-
-
-def test_after_a_conflict_error_one_mail_goes_out_that_of_the_second_attempt(delivery, tmp_path, queue, relay):
-    zodb = pytest.importorskip("ZODB", reason="ZODB is not installed")
-    storage = pytest.importorskip("ZODB.FileStorage").FileStorage(str(tmp_path / "data.fs"))
-    database, rival, tries = zodb.DB(storage), transaction.TransactionManager(), []
-    connection = database.open()
-    with transaction.manager:
-        connection.root()["visits"] = 0
-    for attempt in transaction.manager.attempts():
-        with attempt:
-            connection.root()["visits"] += 1
-            tries.append(connection.root()["visits"])
-            if len(tries) == 1:
-                with rival:
-                    database.open(rival).root()["visits"] += 10
-            delivery.send(SENDER, ANN, a_message(f"visit{tries[-1]}"))
-    database.close()
-    assert tries == [1, 11]
-    assert delivered(queue, relay) == ["visit11"]
-
-
-@pytest.mark.parametrize("guarantor", [1, 99], ids=["at once", "in the vote"])
-def test_an_integrity_error_sends_nothing(guarantor, delivery, sqlite, queue, relay):
-    sqlalchemy = pytest.importorskip("sqlalchemy")
-    insert, rows = sqlite
-    with transaction.manager:
-        insert(1, 1)
-    with pytest.raises(sqlalchemy.exc.IntegrityError), transaction.manager:
-        delivery.send(SENDER, ANN, MESSAGE)
-        insert(1 if guarantor == 1 else 2, guarantor)
-    transaction.abort()
-    assert rows() == 1 and state(queue) == {} and relay.received == []
-
-
-def test_mail_is_sent_after_the_row_is_visible_from_another_connection(kind, sqlite, queue):
-    insert, rows = sqlite
-    seen = []
-
-    class Looking:
-        def send(self, fromaddr, toaddrs, message): seen.append(rows())
-
-    with running(QueueProcessorThread(queue, Looking(), 0.01)):
-        with transaction.manager:
-            make_delivery(kind, queue, Looking()).send(SENDER, ANN, MESSAGE)
-            insert(1, 1)
-        wait_until(lambda: seen)
-    assert seen == [1]
-
-
-# ------------------------------------------------------------------------------------ disks full and broken
 
 
 @pytest.mark.parametrize("kind", ["queued", "fallback"])
@@ -3945,53 +3309,6 @@ def test_a_direct_delivery_notes_at_its_next_commit_what_it_could_not_note_at_on
     assert [(type(event), event.toaddrs) for event in events] == [(MailSentEvent, (ANN,)), (MailSentEvent, (BOB,))]
 
 
-@pytest.mark.parametrize("count", [1, 3, 20])
-def test_guarantee_4_files_are_durable_before_they_show_and_the_directory_before_commit_returns(count, queue, monkeypatch):
-    fsync, rename, calls = os.fsync, os.rename, []
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_ino)), fsync(fd)))
-    monkeypatch.setattr(os, "rename", lambda *to: (calls.append(("rename", os.stat(to[0]).st_ino)), rename(*to)))
-    delivery = QueuedMailDelivery(queue)
-    for _ in range(count):
-        delivery.send(SENDER, ANN, MESSAGE)
-    assert calls == []
-    inodes = [entry.inode() for entry in os.scandir(f"{queue.path}/tmp")]
-    transaction.commit()
-    assert sorted(calls[:count]) == sorted(("fsync", inode) for inode in inodes)
-    assert sorted(calls[count:-1]) == sorted(("rename", inode) for inode in inodes)
-    assert calls[-1] == ("fsync", os.stat(f"{queue.path}/new").st_ino)
-
-
-def test_a_commit_wakes_the_processors_once_and_an_abort_never(queue):
-    os.mkfifo(f"{queue.path}/trigger")
-    reader = os.open(f"{queue.path}/trigger", os.O_RDONLY | os.O_NONBLOCK)
-    writer = os.open(f"{queue.path}/trigger", os.O_WRONLY | os.O_NONBLOCK)
-    try:
-        delivery = QueuedMailDelivery(queue)
-        for outcome in (transaction.abort, transaction.commit):
-            for _ in range(3):
-                delivery.send(SENDER, ANN, MESSAGE)
-            with pytest.raises(BlockingIOError):
-                os.read(reader, 100)
-            outcome()
-        assert len(os.read(reader, 100)) == 1
-    finally:
-        os.close(reader)
-        os.close(writer)
-
-
-@pytest.mark.parametrize("how", ["a fallback", "a requeue"])
-def test_what_comes_back_to_the_queue_wakes_the_processors(how, queue, relay, run):
-    [trigger] = queue._open_trigger()
-    relay.close()
-    if how == "a fallback":
-        with transaction.manager:
-            make_delivery("fallback", queue, relay.mailer()).send(SENDER, ANN, MESSAGE)
-    else:
-        assert run("--maildir", queue.path, "--requeue")[0] == 0
-    assert os.read(trigger, 100) == b"\0"
-    os.close(trigger)
-
-
 @pytest.mark.parametrize("kind", ["queued", "fallback"])
 def test_a_committed_message_that_cannot_be_renamed_is_kept_complete_and_told_of(
     delivery, queue, relay, events, caplog
@@ -4080,6 +3397,371 @@ def test_a_bug_in_finish_does_not_reach_the_commit(queue, monkeypatch, caplog):
     assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
 
 
+# --------------------------------------------------------------------------------------- transactions: the data manager
+
+
+def test_one_data_manager_per_delivery_and_transaction_keeps_the_interface(kind, queue, relay):
+    delivery, other = (make_delivery(kind, queue, relay.mailer()) for _ in range(2))
+    database = OtherManager(key="~sqlalchemy:139872398472398")
+    transaction.get().join(database)
+    for _ in range(3):
+        delivery.send(SENDER, ANN, MESSAGE)
+    other.send(SENDER, ANN, MESSAGE)
+    _, first, second = transaction.get()._resources
+    for manager in (first, second):
+        assert verifyObject(ISavepointDataManager, manager, tentative=True)
+        assert manager.transaction_manager is transaction.manager
+        assert manager.sortKey() > database.sortKey()
+    assert first.sortKey() != second.sortKey()
+
+
+@pytest.mark.parametrize("calls", [
+    "abort", "tpc_abort", "abort tpc_abort", "abort abort tpc_abort tpc_abort", "tpc_begin tpc_abort abort",
+    "tpc_begin abort tpc_abort", "tpc_begin commit abort tpc_abort", "tpc_begin commit commit tpc_abort tpc_abort",
+    "tpc_begin commit tpc_vote tpc_abort", "tpc_begin commit tpc_vote tpc_vote abort tpc_abort abort tpc_finish",
+])
+def test_an_aborted_data_manager_leaves_nothing_in_whatever_order_it_is_called(calls, delivery, queue, relay, events):
+    delivery.send(SENDER, ANN, MESSAGE)
+    current = transaction.get()
+    [manager] = current._resources
+    for call in calls.split():
+        getattr(manager, call)(current)
+    assert state(queue) == {} and relay.received == []
+    manager.savepoint().rollback()
+    transaction.abort()
+    assert state(queue) == {} and relay.received == [] and events == []
+
+
+@pytest.mark.parametrize("calls", [
+    "abort", "tpc_abort", "abort tpc_abort", "tpc_abort abort", "tpc_finish", "tpc_finish tpc_abort",
+    "tpc_begin commit tpc_vote tpc_finish", "tpc_begin commit tpc_vote tpc_abort", "savepoint abort",
+])
+def test_a_finished_data_manager_touches_nothing_in_whatever_order_it_is_called(calls, delivery, kind, queue, relay):
+    delivery.send(SENDER, ANN, MESSAGE)
+    current = transaction.get()
+    [manager] = current._resources
+    before = manager.savepoint()
+    transaction.commit()
+    after, files = content(queue), state(queue)
+    assert list(files) == (["new"] if kind == "queued" else [])
+    for call in calls.split():
+        manager.savepoint().rollback() if call == "savepoint" else getattr(manager, call)(current)
+    before.rollback()
+    assert (content(queue), state(queue)) == (after, files)
+    assert delivered(queue, relay) == ["Hello"]
+
+
+# upper and lower case: two deliveries; a digit: a savepoint; <digit: a rollback to it
+@pytest.mark.parametrize("script, expected", [
+    ("a 1 b <1", "a"),
+    ("1 a <1", ""),
+    ("1 a <1 b", "b"),
+    ("1 a <1 b <1 c", "c"),
+    ("a 1 <1 <1 b", "ab"),
+    ("a 1 b 2 c <1 d", "ad"),
+    ("a 1 b 2 c <2 d", "abd"),
+    ("1 a 2 b <2 c <1 d", "d"),
+    ("1 a 2 b <1 <1", ""),
+    ("1 a <1 2 b 3 c <3 d <2 e", "e"),
+    ("a 1 A b <1 B", "aB"),
+    ("a 1 A 2 b B <2 c C", "aAcC"),
+    ("1 a A <1 B", "B"),
+])
+def test_a_rollback_drops_exactly_what_was_sent_after_the_savepoint(script, expected, kind, queue, relay):
+    lower, upper = (make_delivery(kind, queue, relay.mailer()) for _ in range(2))
+    savepoints = {}
+    for step in script.split():
+        if step[0] == "<":
+            savepoints[step[1]].rollback()
+        elif step.isdigit():
+            savepoints[step] = transaction.savepoint()
+        else:
+            (lower if step.islower() else upper).send(SENDER, ANN, a_message(step))
+    assert sorted(subjects(content(queue))) == (sorted(expected) if kind != "direct" else [])
+    transaction.commit()
+    assert sorted(delivered(queue, relay)) == sorted(expected)
+
+
+def test_a_savepoint_that_another_data_manager_refuses_drops_the_mail_with_the_transaction(delivery, queue, relay):
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.get().join(OtherManager())  # which knows no savepoints
+    with pytest.raises(TypeError):
+        transaction.savepoint()
+    with pytest.raises(TransactionFailedError):
+        delivery.send(SENDER, ANN, a_message("two"))
+    with pytest.raises(TransactionFailedError):
+        transaction.commit()
+    assert state(queue) == {} and relay.received == []
+
+
+def test_deliveries_at_the_same_address_are_never_mixed_up(kind, tmp_path):
+    queues = [Maildir(tmp_path / str(number)) for number in range(20)]
+    seen = [[] for _ in queues]
+
+    class Into:
+        def __init__(self, number): self.number = number
+        def send(self, fromaddr, toaddrs, message): seen[self.number].append(message)
+
+    for number, queue in enumerate(queues):
+        make_delivery(kind, queue, Into(number)).send(SENDER, ANN, a_message(f"n{number}"))
+        gc.collect()
+    transaction.commit()
+    for number, queue in enumerate(queues):
+        assert subjects(content(queue) + seen[number]) == [f"n{number}"]
+
+
+# --------------------------------------------------------------------------- transactions that come to nothing, or late
+
+
+@pytest.mark.parametrize("key", ["database", "~~~~"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_another_data_manager_that_fails_stops_the_mail_unless_it_is_let_go(
+    phase, key, delivery, kind, queue, relay, events
+):
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.get().join(OtherManager(phase, fail_here, key))
+    with pytest.raises(RuntimeError, match="broken"):
+        transaction.commit()
+    let_go = phase == "tpc_finish" and key == "~~~~"
+    assert bool(state(queue)) == (let_go and kind == "queued")
+    assert len(events) == (let_go and kind != "queued")  # whatever the status of the commit
+    transaction.abort()
+    with transaction.manager:
+        delivery.send(SENDER, ANN, a_message("two"))
+    assert delivered(queue, relay) == (["one", "two"] if let_go else ["two"])
+
+
+def test_a_doomed_transaction_sends_nothing(delivery, queue, relay):
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.doom()
+    delivery.send(SENDER, ANN, a_message("two"))
+    with pytest.raises(DoomedTransaction):
+        transaction.commit()
+    transaction.abort()
+    assert state(queue) == {} and relay.received == []
+    transaction.commit()
+    assert state(queue) == {} and relay.received == []
+
+
+def test_nothing_shows_while_a_slow_data_manager_votes(delivery, kind, queue, relay):
+    voting, go_on = threading.Event(), threading.Event()
+
+    def commit():
+        delivery.send(SENDER, ANN, a_message("one"))
+        transaction.get().join(OtherManager("tpc_vote", lambda: (voting.set(), go_on.wait(20)), "~~~~"))
+        transaction.commit()
+
+    thread = threading.Thread(target=commit)
+    thread.start()
+    assert voting.wait(20)
+    assert QueueProcessorThread(queue, relay.mailer()).process().left == 0
+    assert list(state(queue)) == (["tmp"] if kind != "direct" else []) and relay.received == []
+    go_on.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert delivered(queue, relay) == ["one"]
+
+
+def test_mail_is_invisible_until_the_databases_are_finished(delivery, kind, queue, relay):
+    visible = []
+    transaction.get().join(OtherManager(
+        "tpc_finish", lambda: visible.append((list(state(queue)), len(relay.received))), "~sqlalchemy:1"))
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.commit()
+    assert visible == [(["tmp"] if kind != "direct" else [], 0)]
+    assert delivered(queue, relay) == ["one"]
+
+
+@pytest.mark.parametrize("key", ["database", "~~~~"])
+@pytest.mark.parametrize("when", ["before the commit", *PHASES, "after the commit"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_what_is_sent_during_a_commit_goes_out_or_is_refused(joined, when, key, delivery, queue, relay):
+    accepted, refused = [], []
+
+    def send(*_committed):
+        try:
+            accepted.append(delivery.send(SENDER, ANN, a_message("late")))
+        except ValueError as error:
+            refused.append(error)
+
+    if joined:
+        delivery.send(SENDER, ANN, a_message("one"))
+    current = transaction.get()
+    current.addBeforeCommitHook(send) if when == "before the commit" else None
+    current.addAfterCommitHook(send) if when == "after the commit" else None
+    current.join(OtherManager(when, send, key))
+    transaction.commit()
+    transaction.commit()  # before version 3 of `transaction`, hooks after the commit are in the next one
+    assert len(accepted) + len(refused) == 1
+    assert accepted or when != "before the commit"
+    assert delivered(queue, relay) == ["one"] * joined + ["late"] * len(accepted)
+
+
+def test_hooks_after_the_commit_cost_no_mail_though_they_abort_every_data_manager(delivery, queue, relay):
+    current = transaction.get()
+    current.addAfterCommitHook(lambda _committed: None)
+    current.addAfterCommitHook(lambda _committed: fail_here())
+    witness = OtherManager()
+    current.join(witness)
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.commit()
+    assert witness.phases[:4] == PHASES
+    assert delivered(queue, relay) == ["one"]
+
+
+def test_a_hook_is_added_only_if_there_is_something_to_tell(queue):
+    witness = OtherManager()
+    transaction.get().join(witness)
+    QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
+    transaction.commit()
+    assert witness.phases == PHASES  # with a hook, an abort would follow
+
+
+# ----------------------------------------------------------------------------------------- transactions: their managers
+
+
+def test_an_explicit_manager_rules_its_deliveries_and_no_other(kind, queue, relay):
+    manager = transaction.TransactionManager(explicit=True)
+    delivery = make_delivery(kind, queue, relay.mailer(), manager)
+    with pytest.raises(NoTransaction):
+        delivery.send(SENDER, ANN, a_message("never"))
+    assert state(queue) == {}
+    manager.begin()
+    delivery.send(SENDER, ANN, a_message("one"))
+    transaction.abort()
+    transaction.commit()
+    assert "new" not in state(queue) and relay.received == []
+    manager.commit()
+    with pytest.raises(NoTransaction):
+        delivery.send(SENDER, ANN, a_message("never"))
+    manager.begin()
+    delivery.send(SENDER, ANN, a_message("never"))
+    manager.abort()
+    with manager:
+        delivery.send(SENDER, ANN, a_message("two"))
+    assert delivered(queue, relay) == ["one", "two"]
+
+
+def test_an_explicit_default_manager_refuses_too(queue):
+    transaction.manager.explicit = True
+    with pytest.raises(NoTransaction):
+        QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
+    assert state(queue) == {}
+
+
+def test_three_deliveries_share_a_transaction(tmp_path, relay, events):
+    queues = [Maildir(tmp_path / name) for name in ("one", "two")]
+    deliveries = [make_delivery(*kind, relay.mailer()) for kind in zip(KINDS, (queues[0], None, queues[1]))]
+    for outcome in (transaction.abort, transaction.commit):
+        for number, delivery in enumerate(deliveries):
+            delivery.send(SENDER, ANN, a_message(f"{outcome.__name__}{number}"))
+        outcome()
+    assert subjects(content(queues[0])) == ["commit0"] and state(queues[1]) == {}
+    assert sorted(subjects(relay.received)) == ["commit1", "commit2"] and len(events) == 2
+
+
+def test_sixteen_threads_commit_fifty_times_each_through_one_delivery(queue):
+    delivery = QueuedMailDelivery(queue)
+
+    def work(thread):
+        for number in range(50):
+            if number % 5 == 0:
+                delivery.send(SENDER, ANN, a_message("aborted"))
+                transaction.abort()
+            delivery.send(SENDER, ANN, a_message(f"t{thread}n{number}"))
+            transaction.commit()
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(16)))
+    assert sorted(subjects(content(queue))) == sorted(f"t{t}n{number}" for t in range(16) for number in range(50))
+    assert list(state(queue)) == ["new"]
+
+
+# ---------------------------------------------------------------------------------------------- transactions: databases
+
+
+def test_after_a_conflict_error_one_mail_goes_out_that_of_the_second_attempt(delivery, tmp_path, queue, relay):
+    zodb = pytest.importorskip("ZODB", reason="ZODB is not installed")
+    storage = pytest.importorskip("ZODB.FileStorage").FileStorage(str(tmp_path / "data.fs"))
+    database, rival, tries = zodb.DB(storage), transaction.TransactionManager(), []
+    connection = database.open()
+    with transaction.manager:
+        connection.root()["visits"] = 0
+    for attempt in transaction.manager.attempts():
+        with attempt:
+            connection.root()["visits"] += 1
+            tries.append(connection.root()["visits"])
+            if len(tries) == 1:
+                with rival:
+                    database.open(rival).root()["visits"] += 10
+            delivery.send(SENDER, ANN, a_message(f"visit{tries[-1]}"))
+    database.close()
+    assert tries == [1, 11]
+    assert delivered(queue, relay) == ["visit11"]
+
+
+@pytest.mark.parametrize("guarantor", [1, 99], ids=["at once", "in the vote"])
+def test_an_integrity_error_sends_nothing(guarantor, delivery, sqlite, queue, relay):
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    insert, rows = sqlite
+    with transaction.manager:
+        insert(1, 1)
+    with pytest.raises(sqlalchemy.exc.IntegrityError), transaction.manager:
+        delivery.send(SENDER, ANN, MESSAGE)
+        insert(1 if guarantor == 1 else 2, guarantor)
+    transaction.abort()
+    assert rows() == 1 and state(queue) == {} and relay.received == []
+
+
+def test_mail_is_sent_after_the_row_is_visible_from_another_connection(kind, sqlite, queue):
+    insert, rows = sqlite
+    seen = []
+
+    class Looking:
+        def send(self, fromaddr, toaddrs, message): seen.append(rows())
+
+    with running(QueueProcessorThread(queue, Looking(), 0.01)):
+        with transaction.manager:
+            make_delivery(kind, queue, Looking()).send(SENDER, ANN, MESSAGE)
+            insert(1, 1)
+        wait_until(lambda: seen)
+    assert seen == [1]
+
+
+# ----------------------------------------------------------------------------------------------------------- deliveries
+
+
+def test_a_commit_wakes_the_processors_once_and_an_abort_never(queue):
+    os.mkfifo(f"{queue.path}/trigger")
+    reader = os.open(f"{queue.path}/trigger", os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(f"{queue.path}/trigger", os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        delivery = QueuedMailDelivery(queue)
+        for outcome in (transaction.abort, transaction.commit):
+            for _ in range(3):
+                delivery.send(SENDER, ANN, MESSAGE)
+            with pytest.raises(BlockingIOError):
+                os.read(reader, 100)
+            outcome()
+        assert len(os.read(reader, 100)) == 1
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("how", ["a fallback", "a requeue"])
+def test_what_comes_back_to_the_queue_wakes_the_processors(how, queue, relay, run):
+    [trigger] = queue._open_trigger()
+    relay.close()
+    if how == "a fallback":
+        with transaction.manager:
+            make_delivery("fallback", queue, relay.mailer()).send(SENDER, ANN, MESSAGE)
+    else:
+        assert run("--maildir", queue.path, "--requeue")[0] == 0
+    assert os.read(trigger, 100) == b"\0"
+    os.close(trigger)
+
+
 @pytest.mark.parametrize("count", [1, 20])
 def test_a_commit_at_interpreter_exit_succeeds(count, queue):
     code = """if True:
@@ -4094,9 +3776,6 @@ def test_a_commit_at_interpreter_exit_succeeds(count, queue):
     """
     ran = subprocess.run(python_command(code, queue.path, count), capture_output=True, timeout=30, check=False)
     assert ran.stderr == b"" and len(state(queue).get("new", [])) == count
-
-
-# ---------------------------------------------------------------------------------------- direct deliveries
 
 
 @pytest.mark.parametrize("kind", ["direct", "fallback"])
@@ -4192,63 +3871,6 @@ def test_whatever_a_mailer_raises_no_commit_fails_and_every_message_has_its_even
     assert list(state(queue)) in ([], ["new"]) and not [r for r in caplog.records if r.levelno == logging.CRITICAL]
 
 
-def test_state_cur_is_where_a_message_stands_claimed_while_an_attempt_is_under_way(queue, relay):
-    looks = []
-
-    class Looking:
-        def send(self, fromaddr, toaddrs, message):
-            rivals = QueueProcessorThread(queue, relay.mailer()).process(), command_line(
-                "--maildir", queue.path, *to_relay(relay)).returncode
-            looks.append((list(state(queue)), rivals[0].sent, rivals[1]))
-
-    delivery = DirectMailDelivery(Looking(), fallback=queue)
-    for subject in ("one", "two"):
-        delivery.send(SENDER, ANN, a_message(subject))
-    transaction.commit()
-    assert looks == [(["cur"], 0, 0)] * 2
-    assert state(queue) == {} and relay.received == []
-
-
-@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
-def test_a_direct_delivery_killed_in_the_middle_leaves_ordinary_dead_claims(death, queue, relay, scripted, background):
-    in_hand = threading.Event()
-
-    def take_one_and_hang(connection):
-        connection.greet()
-        for final in ("250 2.0.0 Ok", ""):
-            while connection.line() != "DATA":
-                connection.say("250 Ok")
-            connection.say("354 Go ahead")
-            connection.data()
-            if final:
-                connection.say(final)
-        in_hand.set()
-        connection.line()
-
-    server = scripted(take_one_and_hang)
-    code = """if True:
-        import signal, transaction
-        from sendmail import *
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        path, port, *messages = sys.argv[1:]
-        delivery = DirectMailDelivery(SMTPMailer("127.0.0.1", int(port), timeout=60), fallback=path)
-        for message in messages:
-            delivery.send("app@example.com", "ann@example.com", message)
-        transaction.commit()
-    """
-    messages = [a_message(f"n{number}").decode() for number in range(4)]
-    process = background(*python_command(code, queue.path, server.port, *messages), stderr=subprocess.DEVNULL)
-    assert in_hand.wait(30)
-    claimed = state(queue)
-    assert list(claimed) == ["cur"] and len(claimed["cur"]) == 3
-    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 0
-    process.send_signal(death)
-    process.wait(30)
-    assert death == signal.SIGINT or state(queue) == claimed
-    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 3
-    assert subjects(relay.received) == ["n1", "n2", "n3"] and state(queue) == {}
-
-
 def test_a_message_that_cannot_be_claimed_keeps_none_from_its_place_and_its_event(queue, relay, events):
     delivery = DirectMailDelivery(relay.mailer(), fallback=queue)
     relay.close()
@@ -4282,168 +3904,376 @@ def test_more_messages_than_file_descriptors_are_settled_like_few(queue):
     assert all(text.splitlines()[1] == b"X-Zope-To: " + BOB.encode() for text in content(queue))
 
 
-# ==================================================================================================== the command line
-
-CRON = (  # what Debian's cron says, and how it calls
-    b"From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@host> /usr/local/bin/report\nMIME-Version: 1.0\n"
-    b"Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\nX-Cron-Env: <SHELL=/bin/sh>\n\n"
-    b"Gr\xc3\xbc\xc3\x9fe\n.\nthe end\n"
-)
-BODY = b"Dear Ann,\n.\nFrom here to there.\n"
-USER = pwd.getpwuid(os.getuid()).pw_name
+# --------------------------------------------------------------------------------------- the processor: outages, poison
 
 
-def without_root_rights() -> None:
-    """Between fork and exec: let the modes of files count for root, too."""
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+class Route:
+    """A mailer that can be pointed at another relay."""
+
+    def __init__(self, mailer: Any) -> None:
+        self.mailer = mailer
+
+    def __enter__(self) -> Any:
+        return self.mailer.__enter__()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.mailer.__exit__(*exc_info)
+
+    def send(self, *arguments: Any) -> Any:
+        return self.mailer.send(*arguments)
 
 
-# ---------------------------------------------------------------------------------------- real programs
+OUTAGES: dict[str, Any] = {
+    "banner 554": lambda connection: connection.say("554 no service"),
+    "banner 421": lambda connection: connection.say("421 4.3.2 come back later"),
+    "banner of another protocol": lambda connection: connection.say("SSH-2.0-OpenSSH_9.2"),
+    "closed at once": lambda connection: None,
+    "hang in the banner": lambda connection: connection.line(),
+    "EHLO 550": lambda connection: [connection.say(line) or connection.line() for line in ("220 x", "550 x", "550 x")],
+    "AUTH 535": reply_to("AUTH", "535 5.7.8 wrong"),
+    "AUTH 454": reply_to("AUTH", "454 4.7.0 directory is down"),
+    "MAIL 530": reply_to("MAIL", "530 5.7.0 authenticate first"),
+    "MAIL 421": reply_to("MAIL", "421 4.3.2 shutting down"),
+}
 
 
-@pytest.fixture
-def mta(tmp_path: pathlib.Path, queue: Maildir) -> pathlib.Path:
-    """A sendmail program in front of `queue`, that keeps a copy of what it is fed."""
-    program = tmp_path / "mta"
-    program.write_text(
-        f'#!/bin/sh\ntee {tmp_path}/fed | {sys.executable} {MODULE} --maildir {queue.path} --domain example.com "$@"\n'
-    )
-    program.chmod(0o755)
-    return program
+@pytest.mark.parametrize("outage", [*OUTAGES, "port closed", "no such host", "certificate expired"])
+def test_an_outage_is_one_line_a_pass_and_charged_to_no_message(
+    queue: Maildir, sink: Sink, scripted: Any, authority: trustme.CA, events: Any, caplog: Any, monkeypatch: Any,
+    outage: str,
+) -> None:
+    if outage in OUTAGES:
+        login = {"username": "u", "password": "p", "no_tls": True} if outage.startswith("AUTH") else {}
+        broken = scripted(OUTAGES[outage]).mailer(timeout=0.3, **login)
+    elif outage == "certificate expired":
+        server = scripted(tls_dialogue(server_tls(authority, **LONG_AGO), implicit=True))
+        broken = server.mailer(implicit_tls=True, context=trusting(authority))
+    elif outage == "no such host":
+        look_up = socket.getaddrinfo
+
+        def getaddrinfo(host: Any, *rest: Any, **options: Any) -> Any:  # nothing here may ask a real name server
+            if host == "relay.invalid":
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return look_up(host, *rest, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        broken = SMTPMailer("relay.invalid", 25)
+    else:
+        broken = SMTPMailer("127.0.0.1", closed_port())
+    for number in range(3):
+        queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
+    before = state(queue), content(queue)
+    route = Route(broken)
+    processor = QueueProcessorThread(queue, route, workers=2, max_age=60)
+    for days in (0, 1, 30):
+        processor._clock = lambda days=days: time.time() + days * 86400
+        caplog.clear()
+        counts = processor.process()
+        assert isinstance(counts.outage, RelayUnavailable), counts
+        assert outage != "certificate expired" or "expired" in str(counts.outage)
+        assert (counts.sent, counts.deferred, counts.failed, counts.left) == (0, 0, 0, 3)
+        (line,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert line.getMessage().startswith("relay unavailable") and "\n" not in line.getMessage()
+        assert (state(queue), content(queue)) == before and events == []
+    route.mailer = sink.mailer()
+    assert processor.process().sent == 3
+    assert sink.recipients() == ["0@x.org", "1@x.org", "2@x.org"]
 
 
-PATCH = b"""From 0123456789012345678901234567890123456789 Mon Sep 17 00:00:00 2001
-From: =?UTF-8?q?Ann=20=C3=84?= <ann@example.com>
-Date: Tue, 24 Nov 2026 10:00:00 +0000
-Subject: [PATCH] Add f
+def test_during_an_outage_nothing_wakes_a_processor(queue: Maildir) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    with running(QueueProcessorThread(queue, Does(RelayUnavailable("down")), 3600)) as passes:
+        wait_until(lambda: passes)
+        for _ in range(20):
+            queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    assert [counts.left for counts in passes] == [1]
 
----
- f | 1 +
---
-2.39.5
+
+def test_what_an_outage_interrupts_counts_as_left(queue: Maildir) -> None:
+    class Mailer:
+        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
+            if "100@x.org" in toaddrs:
+                raise RelayUnavailable("gone")
+
+    queue.add("app@x.org", [f"{number}@x.org" for number in range(150)], MESSAGE)
+    counts = QueueProcessorThread(queue, Mailer()).process()
+    assert (counts.sent, counts.left) == (1, 1) and list(state(queue)) == ["new"]
+
+
+def test_a_processor_outlives_a_queue_that_cannot_be_read_for_a_while(queue: Maildir, relay: Relay, caplog: Any) -> None:
+    new = pathlib.Path(queue.path, "new")
+    processor = QueueProcessorThread(queue, relay.mailer(), 0.01)
+    away = new.rename(new.with_name("away"))
+    with running(processor):
+        wait_until(lambda: "cannot process" in caplog.text or not processor.is_alive())
+        away.rename(new)
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+        wait_until(lambda: relay.received)
+
+
+def test_workers_outlive_a_relay_that_grants_the_first_connection_alone(queue: Maildir, scripted: Any, caplog: Any) -> None:
+    def greeting(_line: str, connection: Any) -> str:
+        return USUAL["greeting"] if connection.number == 1 else "421 4.7.0 too many connections"
+
+    def end(_line: str, _connection: Any) -> str:
+        wait_until(lambda: len(server.connections) == 3)
+        return USUAL["end"]
+
+    server = scripted(answering(greeting=greeting, end=end))
+    for _ in range(6):
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    counts = QueueProcessorThread(queue, server.mailer(), workers=3).process()
+    assert (counts.sent, counts.left, counts.outage, caplog.records) == (6, 0, None, [])
+    assert [len(getattr(connection, "messages", ())) for connection in server.connections] == [6, 0, 0]
+
+
+def poisonous(verb: str) -> Callable[[Connection], None]:
+    """A relay that closes the connection at *verb* of the message from poison@x.org, every time."""
+
+    def dialogue(connection: Connection) -> None:
+        connection.greet()
+        sender = ""
+        while line := connection.line():
+            sender = line if line.startswith("MAIL") else sender
+            if "poison" in sender and line.startswith(verb):
+                return
+            connection.say("354 go on" if line == "DATA" else "250 2.0.0 Ok")
+            if line == "DATA":
+                connection.data()
+                if "poison" in sender:
+                    return
+                connection.say("250 2.0.0 Ok: queued")
+
+    return dialogue
+
+
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "data"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_message_that_the_relay_always_chokes_on_stops_no_other(
+    queue: Maildir, scripted: Any, events: Any, verb: str, workers: int
+) -> None:
+    for number in range(6):
+        queue.add("poison@x.org" if number in (0, 3) else "app@x.org", [f"{number}@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, scripted(poisonous(verb)).mailer(), workers=workers)
+    for _ in range(3 if verb == "MAIL" else 1):  # before MAIL is answered, it is the relay that seems to be down
+        processor.process()
+    assert sorted(event.toaddrs[0] for event in events if isinstance(event, MailSentEvent)) == [
+        "1@x.org", "2@x.org", "4@x.org", "5@x.org"]
+    deferred = [event for event in events if isinstance(event, MailDeferredEvent)]
+    assert sorted(event.toaddrs[0] for event in deferred) == ([] if verb == "MAIL" else ["0@x.org", "3@x.org"])
+    assert {event.delivery_status for event in deferred} <= {"4.4.2"}
+    assert [",due=" in name for name in state(queue)["new"]] == [verb != "MAIL"] * 2
+
+
+# -------------------------------------------------------------------------------------------------- the processor: stop
+
+RUNNING = """
+import sys, sendmail
+mailer = sendmail.SMTPMailer("127.0.0.1", int(sys.argv[2]))
+processor = sendmail.QueueProcessorThread(sys.argv[1], mailer, 0.05, workers=int(sys.argv[3]))
+stop = processor.stop
+processor.stop = lambda: (stop(), print("stopping", flush=True))
+processor.start()
+input()
 """
-GIT = "git -c user.name=App -c user.email=app@example.com send-email --quiet --confirm=never --suppress-cc=all"
-PHP = 'mail("ann@example.com", "Hi", "A,\n.\nBye", "From: app@example.com\r\nBcc: dan@example.com", "-fapp@b.org");'
-OTHERS = "-c carl@example.com -b dan@example.com ann@example.com"
-PROGRAMS = {
-    "git": (GIT + " --sendmail-cmd={mta} --envelope-sender=auto --to='\"Doe, Ann\" <ann@example.com>' "
-            "--to=carl@example.com --bcc=dan@example.com {dir}/0001.patch", b"", "app@example.com", "ann carl dan"),
-    "s-nail": ("s-nail -: / -S v15-compat -S mta={mta} -s Grüße -r app@example.com " + OTHERS,
-               BODY, "app@example.com", "ann carl dan"),
-    "bsd-mailx": ("env MAILRC={dir}/mailrc bsd-mailx -s Hello " + OTHERS, BODY, f"{USER}@example.com", "ann carl dan"),
-    "mutt": ("mutt -n -F /dev/null -e 'set sendmail=\"{mta} -oem -oi\" from=app@example.com use_envelope_from copy=no' "
-             "-s Grü " + OTHERS, BODY, "app@example.com", "ann carl dan"),
-    "cron": ("{mta} -FCronDaemon -i -B8BITMIME -oem root", CRON, f"{USER}@example.com", "root"),
-    "php": (f"php -n -d sendmail_path='{{mta}} -t -i' -r '{PHP}'", b"", "app@b.org", "ann dan"),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_mail_of_a_real_program_reaches_the_relay_to_the_byte(program, tmp_path, mta, queue, relay):
-    command, stdin, sender, recipients = PROGRAMS[program]
-    if program != "cron" and not shutil.which(program):
-        pytest.skip(f"{program} is not installed")
-    if program == "git" and subprocess.run(["perl", "-MMail::Address", "-e1"], capture_output=True).returncode:
-        pytest.skip("git send-email needs Mail::Address, which is not installed")
-    (tmp_path / "0001.patch").write_bytes(PATCH)
-    (tmp_path / "mailrc").write_text(f"set sendmail={mta}\n")
-    environment = {**os.environ, "HOME": str(tmp_path), "GIT_CONFIG_GLOBAL": "/dev/null", "LC_ALL": "C.UTF-8"}
-    arguments = shlex.split(command.format(mta=mta, dir=tmp_path))
-    done = subprocess.run(arguments, input=stdin, capture_output=True, env=environment, cwd=tmp_path, timeout=60)
-    assert (done.returncode, done.stderr) == (0, b"")
-    wait_until(lambda: state(queue).get("new"))  # bsd-mailx does not wait for it
+@pytest.mark.parametrize("how", ["exit", "stop()"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_stopping_finishes_the_message_in_hand_and_starts_no_other(
+    queue: Maildir, sink: Sink, background: Any, how: str, workers: int
+) -> None:
+    for number in range(5):
+        queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
+    sink.gate.clear()
+    code = RUNNING + "processor.stop(); processor.join()" * (how == "stop()")
+    command = python_command(code, queue.path, sink.port, workers)
+    process = background(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_until(lambda: len(sink.taken) == workers)
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == b"stopping\n"
+    assert process.poll() is None
+    sink.gate.set()
+    assert process.wait(20) == 0
+    assert sorted(sink.recipients()) == ["0@x.org", "1@x.org"][:workers]
+    assert [(directory, len(names)) for directory, names in state(queue).items()] == [("new", 5 - workers)]
 
+
+def pending(pid: int, signum: int) -> bool:
+    """Whether a signal still waits to be taken by a process."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return any(int(mask, 16) >> signum - 1 & 1 for mask in re.findall(r"(?m)^S(?:ig|hd)Pnd:\s*(\w+)", status))
+
+
+SIGNALS = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+ONCE_AND_ON = pytest.mark.parametrize("arguments", [[], ["--interval", "0.05"]], ids=["once", "and on"])
+
+
+@SIGNALS
+@ONCE_AND_ON
+def test_a_signal_finishes_the_message_in_hand_and_starts_no_other(
+    queue: Maildir, sink: Sink, background: Any, arguments: Any, signum: int
+) -> None:
+    for _ in range(5):
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    sink.gate.clear()
+    process = background(*processor_command(queue, sink, *arguments), stderr=subprocess.PIPE)
+    wait_until(lambda: sink.taken)
+    process.send_signal(signum)
+    wait_until(lambda: not pending(process.pid, signum))
+    sink.gate.set()
+    assert (process.wait(20), process.stderr.read()) == (0, b"")
+    assert sink.recipients() == ["ann@x.org"]
+    assert [(directory, len(names)) for directory, names in state(queue).items()] == [("new", 4)]
+
+
+@SIGNALS
+@ONCE_AND_ON
+def test_a_second_signal_ends_at_once_and_the_next_pass_recovers(
+    queue: Maildir, sink: Sink, relay: Relay, background: Any, arguments: Any, signum: int
+) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    sink.gate.clear()
+    process = background(*processor_command(queue, sink, *arguments), stderr=subprocess.DEVNULL)
+    wait_until(lambda: sink.taken)
+    # two that come at the same time are one: send it until it is understood
+    wait_until(lambda: process.send_signal(signum) or process.poll() is not None)
+    assert process.returncode == -signum
+    assert list(state(queue)) == ["cur"]
     assert command_line("--maildir", queue.path, *to_relay(relay)).returncode == 0
-
-    [received] = relay.received
-    fed = b"".join(x for x in (tmp_path / "fed").read_bytes().splitlines(True) if not x.startswith(b"Bcc:"))
-    assert received.sender == sender
-    assert received.recipients == [f"{name}@example.com" for name in recipients.split()]
-    assert received.content.endswith(crlf(fed))
-    added = received.content[: -len(crlf(fed))].decode()
-    assert re.fullmatch(r"((From|Date|Message-Id): .+\r\n)*", added)
-    headers = email.message_from_bytes(received.content)
-    assert all(len(headers.get_all(name, [])) == 1 for name in ("From", "Date", "Message-Id"))
-    assert state(queue) == {}
+    assert (len(relay.received), state(queue)) == (1, {})
 
 
-def test_queue_of_zope_sendmail_is_drained(queue):
-    pytest.importorskip("zope.sendmail")
-    from zope.sendmail.delivery import QueuedMailDelivery as ZopeDelivery
-
-    relay = Relay(enable_SMTPUTF8=True)
-    cases = [
-        ("App, the <app@example.com>", ['"Doe, Ann" <ann@example.com>', "bob@example.com"], ["ann", "bob"]),
-        ("app@example.com", ["Jürgen Groß <ann@example.com>", "Bob (a, b) <bob@example.com>"], ["ann", "bob"]),
-        ("app@example.com", ["jürgen@example.com"], ["jürgen"]),
-        ("app@example.com", ['"a,b"@example.com', "=?utf-8?q?D=2C_E?= <d@example.com>"], ['"a,b"', "d"]),
-    ]
-    cases[0] = ('"App, the" <app@example.com>', *cases[0][1:])
-    messages = [b"Message-Id: <%d@x>\nSubject: \xc3\xbc\xdf\n\n\xff\xfe \xe4\n.\n\tend" % n for n in range(len(cases))]
-    for (sender, recipients, _), message in zip(cases, messages):
-        ZopeDelivery(queue.path).send(sender, recipients, message)
-        transaction.commit()
-    (pathlib.Path(queue.path) / "new" / ".rejected-1.2.host.3").write_bytes(b"X-Zope-From: a@x\nX-Zope-To: b@x\n\n")
-
-    done = command_line("--maildir", queue.path, *to_relay(relay))
-
-    relay.close()
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert [r.sender for r in relay.received] == ["app@example.com"] * len(cases)
-    received = {r.content: r.recipients for r in relay.received}  # in the order of a random part of their names
-    assert received == {
-        crlf(message): [f"{local}@example.com" for local in locals_]
-        for (_, _, locals_), message in zip(cases, messages)
-    }
-    assert state(queue) == {"new": [".rejected-1.2.host.3"]}
+def test_the_exit_of_a_forked_child_neither_stops_nor_wakes_the_processor(queue: Maildir) -> None:
+    code = """
+import os, time, sendmail
+processor = sendmail.QueueProcessorThread(sys.argv[1], sendmail.StreamMailer(), 3600)
+passes, make_pass = [], processor.process
+processor.process = lambda: (passes.append(1), make_pass())[1]
+processor.start()
+while not passes: time.sleep(0.01)
+if not os.fork():
+    sys.exit()
+os.wait()
+sendmail.Maildir(sys.argv[1]).add("app@x.org", "ann@x.org", "")
+while len(passes) < 2: time.sleep(0.01)
+processor.stop()
+processor.join()
+print(len(passes), file=sys.stderr)
+"""
+    command = python_command(code, queue.path, options=["-W", "ignore"])
+    ran = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert ran.stderr == b"2\n"
 
 
-def test_queue_of_ours_is_drained_by_zope_sendmail(queue, relay):
-    pytest.importorskip("zope.sendmail")
-    message = crlf(MESSAGE.replace(b"Hello", b"\xc3\xbc\xff\n.\n..\n"))  # it would send a bare LF as it is
-    queue.add("app@example.com", ["ann@example.com", '"Doe, J"@example.com', "o'b+x=y@example.com"], message)
-    queue.add("app@example.com", ["dora@example.com"], message)
-    relay.refusals = {"dora@example.com": "450 4.2.1 <dora@example.com> is busy"}
-    QueueProcessorThread(queue, relay.mailer()).process()  # sends the first, and defers the second
-    [first] = relay.received
-    relay.refusals, relay.received[:] = {}, []
-    queue.add("app@example.com", first.recipients, message)
-
-    zope = [sys.executable, "-m", "zope.sendmail.queue", *to_relay(relay), queue.path]
-    subprocess.run(zope, check=True, timeout=60)
-
-    deferred, again = sorted(relay.received, key=lambda received: len(received.recipients))
-    assert (again.recipients, again.content) == (first.recipients, message)
-    note, _, rest = crlf(deferred.content).partition(b"\r\n")
-    assert (deferred.recipients, rest) == (["dora@example.com"], message)
-    assert note.startswith(b"X-Sendmail-Error: 4.2.1 450 4.2.1 ")
-    assert b"@" not in note
-    assert state(queue) == {}
+# --------------------------------------------------------------------- the processor: depth, and what is looked at when
 
 
-def test_mailer_of_zope_sendmail_works_here(queue, relay, events):
-    mailer = pytest.importorskip("zope.sendmail.mailer").SMTPMailer(relay.host, relay.port)
-    relay.refusals = {"dora@example.com": "450 4.2.1 try later", "fred@example.com": "550 5.1.1 no Fred here"}
-    for name in ("ann", "dora", "fred"):
-        queue.add("app@example.com", f"{name}@example.com", MESSAGE)
-    counts = QueueProcessorThread(queue, mailer).process()
-    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
-    delivery = DirectMailDelivery(mailer, fallback=queue)
-    delivery.send("app@example.com", "bob@example.com", MESSAGE)
-    transaction.commit()
-    assert [(type(event), *event.toaddrs) for event in events] == [
-        (MailSentEvent, "ann@example.com"), (MailDeferredEvent, "dora@example.com"),
-        (MailErrorEvent, "fred@example.com"), (MailSentEvent, "bob@example.com"),
-    ]  # fmt: skip
-    relay.close()
-    queue.add("app@example.com", "ann@example.com", MESSAGE)
-    assert QueueProcessorThread(queue, mailer).process().left == 2
-    assert len(events) == 4, "an outage is nobody's fault"
+def test_what_is_queued_during_a_pass_is_sent_at_once_by_the_next(queue: Maildir) -> None:
+    sent = []
+
+    class Mailer:
+        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
+            if not sent:
+                queue.add("app@x.org", ["bob@x.org"], MESSAGE)
+            sent.extend(toaddrs)
+
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    with running(QueueProcessorThread(queue, Mailer(), 3600)):
+        wait_until(lambda: sent == ["ann@x.org", "bob@x.org"])
 
 
-# ------------------------------------------------------------------------------------------ the options
+def test_the_mtime_of_a_directory_proves_nothing_while_it_is_young(queue: Maildir, relay: Relay) -> None:
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor.process()
+    new = pathlib.Path(queue.path, "new")
+    before = new.stat()
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))  # as where a clock tick is long
+    assert processor.process().sent == 1
 
+
+@pytest.mark.parametrize("directory", ["new", "cur"])
+def test_a_message_seen_locked_is_taken_later_though_no_directory_changed(
+    queue: Maildir, relay: Relay, directory: str
+) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    (name,) = state(queue)["new"]
+    path = pathlib.Path(queue.path, directory, name)
+    os.rename(pathlib.Path(queue.path, "new", name), path)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: time.time() + 30  # the directories seem long unchanged
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for _ in range(3):
+            assert processor.process().sent == 0
+        assert state(queue) == {directory: [name]}
+    assert processor.process().sent == 1
+
+
+def test_what_batch_left_over_is_taken_though_no_directory_changed(queue: Maildir, relay: Relay) -> None:
+    for number in range(5):
+        queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer(), batch=2)
+    processor._clock = lambda: time.time() + 30
+    lefts = []
+    for _ in range(3):
+        os.utime(pathlib.Path(queue.path, "new"), (1_600_000_000, 1_600_000_000))
+        os.utime(pathlib.Path(queue.path, "cur"), (1_600_000_000, 1_600_000_000))
+        lefts.append(processor.process().left)
+    assert lefts == [3, 1, 0]
+    assert [message.recipients for message in relay.received] == [[f"{number}@x.org"] for number in range(5)]
+
+
+def test_a_deferred_message_that_falls_due_is_taken_though_no_directory_changed(queue: Maildir, relay: Relay) -> None:
+    relay.data_reply = "450 4.2.0 later"
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, relay.mailer())
+    now = time.time() + 30
+    processor._clock = lambda: now
+    assert processor.process().deferred == 1
+    relay.data_reply = ""
+    due = int(state(queue)["new"][0].partition(",due=")[2])
+    for moment, sent in ((now + 10, 0), (due - 1.0, 0), (due + 0.0, 1)):
+        now = moment
+        assert processor.process().sent == sent
+
+
+IDLE = """
+import resource
+processor = sendmail.QueueProcessorThread(path, sendmail.SMTPMailer("127.0.0.1", port))
+processor.process()
+os.path.exists("/marker-1")
+for _ in range(3):
+    processor.process()
+os.path.exists("/marker-2")
+sendmail.Maildir(path).add("app@x.org", ["fresh@x.org"], message)
+tell(f"{processor.process().sent} sent, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")
+"""
+
+
+def test_an_idle_pass_over_100000_deferred_messages_lists_nothing(bench: Bench) -> None:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
+        root = pathlib.Path(directory) / "deep"
+        Maildir(root)
+        now = int(time.time())
+        for number in range(100_000):
+            os.mknod(f"{root}/new/{now}.M{number:06}P1Q1.host,due={now + 3000 + number % 500}", 0o600 | stat.S_IFREG)
+        for name in ("new", "cur"):
+            os.utime(root / name, (now - 60, now - 60))
+        run = bench.run(IDLE, root)
+    first, last = run.find("newfstatat", "/marker-1"), run.find("newfstatat", "/marker-2")
+    idle = [call for call, _ in run.calls[first + 1 : last] if call not in QUIET]
+    assert [call for call, _ in run.calls[:first]].count("getdents64") > 100
+    assert not {"getdents64", "openat", "connect"} & set(idle) and len(idle) <= 3 * 4
+    print(f"100,000 deferred: {len(idle) / 3:.0f} calls in an idle pass, then {run.told[-1]}")
+    assert run.told[-1].startswith("1 sent") and bench.sink.recipients() == ["fresh@x.org"]
+
+
+# -------------------------------------------------------------------------------------------- the command line: options
+
+USER = pwd.getpwuid(os.getuid()).pw_name
 ME = f"{USER}@example.org"
 
 
@@ -4593,7 +4423,7 @@ def test_missing_headers_are_added_before_the_rest(run, queue, options, message,
         assert (author.addr_spec, sender) == ((ME, ME) if not options else ("MAILER-DAEMON@example.org", ""))
 
 
-# ---------------------------------------------------------------------------------- what operators see
+# --------------------------------------------------------------------------------- the command line: what operators see
 
 
 @pytest.fixture
@@ -4782,7 +4612,7 @@ def test_verbose_logs_each_message_as_keys_and_values(run, queue, relay):
         assert all(word in line for word in ["app@example.com", *words])
 
 
-# ------------------------------------------------------------------- exit statuses, and what is said
+# -------------------------------------------------------------------- the command line: exit statuses, and what is said
 
 
 def test_pass_is_silent_but_for_a_message_that_is_given_up(run, queue, relay):
@@ -4911,7 +4741,14 @@ def test_password_file_is_read_at_every_login(background, queue, tmp_path):
     relay.close()
 
 
-# -------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------ the command line: bad input
+
+
+def without_root_rights() -> None:
+    """Between fork and exec: let the modes of files count for root, too."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
 
 NO_ID = b"Message-Id: nonsense\n\n"
 BAD_INPUT = {
@@ -5065,7 +4902,7 @@ def test_closed_standard_error_stops_nothing(queue, relay):
     assert (done.returncode, len(relay.received), list(state(queue))) == (0, 1, [".failed/new"])
 
 
-# ---------------------------------------------------------------------------------- signals, daemons
+# ----------------------------------------------------------------------------------- the command line: signals, daemons
 
 
 def test_interrupted_injection_queues_nothing_and_shows_no_traceback(background, queue):
@@ -5116,7 +4953,7 @@ def test_two_processors_with_four_workers_send_each_message_once(background, que
     assert sorted(r.recipients for r in relay.received) == sorted([f"ann{n}@example.com"] for n in range(500))
 
 
-# ------------------------------------------------------------------------ the file alone, and no transaction
+# ----------------------------------------------------------------- the command line: the file alone, and no transaction
 
 
 @pytest.fixture
@@ -5166,7 +5003,157 @@ for make in (lambda: sendmail.QueuedMailDelivery(queue), lambda: sendmail.Direct
     assert len(refusals) == 2 and all("pip install transaction" in refusal for refusal in refusals)
 
 
-# ==================================================================================================== documents
+# -------------------------------------------------------------------------------------- the command line: real programs
+
+CRON = (  # what Debian's cron says, and how it calls
+    b"From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@host> /usr/local/bin/report\nMIME-Version: 1.0\n"
+    b"Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\nX-Cron-Env: <SHELL=/bin/sh>\n\n"
+    b"Gr\xc3\xbc\xc3\x9fe\n.\nthe end\n"
+)
+BODY = b"Dear Ann,\n.\nFrom here to there.\n"
+
+
+@pytest.fixture
+def mta(tmp_path: pathlib.Path, queue: Maildir) -> pathlib.Path:
+    """A sendmail program in front of `queue`, that keeps a copy of what it is fed."""
+    program = tmp_path / "mta"
+    program.write_text(
+        f'#!/bin/sh\ntee {tmp_path}/fed | {sys.executable} {MODULE} --maildir {queue.path} --domain example.com "$@"\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+PATCH = b"""From 0123456789012345678901234567890123456789 Mon Sep 17 00:00:00 2001
+From: =?UTF-8?q?Ann=20=C3=84?= <ann@example.com>
+Date: Tue, 24 Nov 2026 10:00:00 +0000
+Subject: [PATCH] Add f
+
+---
+ f | 1 +
+--
+2.39.5
+"""
+GIT = "git -c user.name=App -c user.email=app@example.com send-email --quiet --confirm=never --suppress-cc=all"
+PHP = 'mail("ann@example.com", "Hi", "A,\n.\nBye", "From: app@example.com\r\nBcc: dan@example.com", "-fapp@b.org");'
+OTHERS = "-c carl@example.com -b dan@example.com ann@example.com"
+PROGRAMS = {
+    "git": (GIT + " --sendmail-cmd={mta} --envelope-sender=auto --to='\"Doe, Ann\" <ann@example.com>' "
+            "--to=carl@example.com --bcc=dan@example.com {dir}/0001.patch", b"", "app@example.com", "ann carl dan"),
+    "s-nail": ("s-nail -: / -S v15-compat -S mta={mta} -s Grüße -r app@example.com " + OTHERS,
+               BODY, "app@example.com", "ann carl dan"),
+    "bsd-mailx": ("env MAILRC={dir}/mailrc bsd-mailx -s Hello " + OTHERS, BODY, f"{USER}@example.com", "ann carl dan"),
+    "mutt": ("mutt -n -F /dev/null -e 'set sendmail=\"{mta} -oem -oi\" from=app@example.com use_envelope_from copy=no' "
+             "-s Grü " + OTHERS, BODY, "app@example.com", "ann carl dan"),
+    "cron": ("{mta} -FCronDaemon -i -B8BITMIME -oem root", CRON, f"{USER}@example.com", "root"),
+    "php": (f"php -n -d sendmail_path='{{mta}} -t -i' -r '{PHP}'", b"", "app@b.org", "ann dan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_mail_of_a_real_program_reaches_the_relay_to_the_byte(program, tmp_path, mta, queue, relay):
+    command, stdin, sender, recipients = PROGRAMS[program]
+    if program != "cron" and not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    if program == "git" and subprocess.run(["perl", "-MMail::Address", "-e1"], capture_output=True).returncode:
+        pytest.skip("git send-email needs Mail::Address, which is not installed")
+    (tmp_path / "0001.patch").write_bytes(PATCH)
+    (tmp_path / "mailrc").write_text(f"set sendmail={mta}\n")
+    environment = {**os.environ, "HOME": str(tmp_path), "GIT_CONFIG_GLOBAL": "/dev/null", "LC_ALL": "C.UTF-8"}
+    arguments = shlex.split(command.format(mta=mta, dir=tmp_path))
+    done = subprocess.run(arguments, input=stdin, capture_output=True, env=environment, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    wait_until(lambda: state(queue).get("new"))  # bsd-mailx does not wait for it
+
+    assert command_line("--maildir", queue.path, *to_relay(relay)).returncode == 0
+
+    [received] = relay.received
+    fed = b"".join(x for x in (tmp_path / "fed").read_bytes().splitlines(True) if not x.startswith(b"Bcc:"))
+    assert received.sender == sender
+    assert received.recipients == [f"{name}@example.com" for name in recipients.split()]
+    assert received.content.endswith(crlf(fed))
+    added = received.content[: -len(crlf(fed))].decode()
+    assert re.fullmatch(r"((From|Date|Message-Id): .+\r\n)*", added)
+    headers = email.message_from_bytes(received.content)
+    assert all(len(headers.get_all(name, [])) == 1 for name in ("From", "Date", "Message-Id"))
+    assert state(queue) == {}
+
+
+def test_queue_of_zope_sendmail_is_drained(queue):
+    pytest.importorskip("zope.sendmail")
+    from zope.sendmail.delivery import QueuedMailDelivery as ZopeDelivery
+
+    relay = Relay(enable_SMTPUTF8=True)
+    cases = [
+        ("App, the <app@example.com>", ['"Doe, Ann" <ann@example.com>', "bob@example.com"], ["ann", "bob"]),
+        ("app@example.com", ["Jürgen Groß <ann@example.com>", "Bob (a, b) <bob@example.com>"], ["ann", "bob"]),
+        ("app@example.com", ["jürgen@example.com"], ["jürgen"]),
+        ("app@example.com", ['"a,b"@example.com', "=?utf-8?q?D=2C_E?= <d@example.com>"], ['"a,b"', "d"]),
+    ]
+    cases[0] = ('"App, the" <app@example.com>', *cases[0][1:])
+    messages = [b"Message-Id: <%d@x>\nSubject: \xc3\xbc\xdf\n\n\xff\xfe \xe4\n.\n\tend" % n for n in range(len(cases))]
+    for (sender, recipients, _), message in zip(cases, messages):
+        ZopeDelivery(queue.path).send(sender, recipients, message)
+        transaction.commit()
+    (pathlib.Path(queue.path) / "new" / ".rejected-1.2.host.3").write_bytes(b"X-Zope-From: a@x\nX-Zope-To: b@x\n\n")
+
+    done = command_line("--maildir", queue.path, *to_relay(relay))
+
+    relay.close()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert [r.sender for r in relay.received] == ["app@example.com"] * len(cases)
+    received = {r.content: r.recipients for r in relay.received}  # in the order of a random part of their names
+    assert received == {
+        crlf(message): [f"{local}@example.com" for local in locals_]
+        for (_, _, locals_), message in zip(cases, messages)
+    }
+    assert state(queue) == {"new": [".rejected-1.2.host.3"]}
+
+
+def test_queue_of_ours_is_drained_by_zope_sendmail(queue, relay):
+    pytest.importorskip("zope.sendmail")
+    message = crlf(MESSAGE.replace(b"Hello", b"\xc3\xbc\xff\n.\n..\n"))  # it would send a bare LF as it is
+    queue.add("app@example.com", ["ann@example.com", '"Doe, J"@example.com', "o'b+x=y@example.com"], message)
+    queue.add("app@example.com", ["dora@example.com"], message)
+    relay.refusals = {"dora@example.com": "450 4.2.1 <dora@example.com> is busy"}
+    QueueProcessorThread(queue, relay.mailer()).process()  # sends the first, and defers the second
+    [first] = relay.received
+    relay.refusals, relay.received[:] = {}, []
+    queue.add("app@example.com", first.recipients, message)
+
+    zope = [sys.executable, "-m", "zope.sendmail.queue", *to_relay(relay), queue.path]
+    subprocess.run(zope, check=True, timeout=60)
+
+    deferred, again = sorted(relay.received, key=lambda received: len(received.recipients))
+    assert (again.recipients, again.content) == (first.recipients, message)
+    note, _, rest = crlf(deferred.content).partition(b"\r\n")
+    assert (deferred.recipients, rest) == (["dora@example.com"], message)
+    assert note.startswith(b"X-Sendmail-Error: 4.2.1 450 4.2.1 ")
+    assert b"@" not in note
+    assert state(queue) == {}
+
+
+def test_mailer_of_zope_sendmail_works_here(queue, relay, events):
+    mailer = pytest.importorskip("zope.sendmail.mailer").SMTPMailer(relay.host, relay.port)
+    relay.refusals = {"dora@example.com": "450 4.2.1 try later", "fred@example.com": "550 5.1.1 no Fred here"}
+    for name in ("ann", "dora", "fred"):
+        queue.add("app@example.com", f"{name}@example.com", MESSAGE)
+    counts = QueueProcessorThread(queue, mailer).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
+    delivery = DirectMailDelivery(mailer, fallback=queue)
+    delivery.send("app@example.com", "bob@example.com", MESSAGE)
+    transaction.commit()
+    assert [(type(event), *event.toaddrs) for event in events] == [
+        (MailSentEvent, "ann@example.com"), (MailDeferredEvent, "dora@example.com"),
+        (MailErrorEvent, "fred@example.com"), (MailSentEvent, "bob@example.com"),
+    ]  # fmt: skip
+    relay.close()
+    queue.add("app@example.com", "ann@example.com", MESSAGE)
+    assert QueueProcessorThread(queue, mailer).process().left == 2
+    assert len(events) == 4, "an outage is nobody's fault"
+
+
+# ------------------------------------------------------------------------------------------------------------ documents
 
 README = MODULE.with_name("README.md")
 
