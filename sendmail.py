@@ -38,7 +38,8 @@ Guarantees
     2. Only the holder of the lock on the inode now at that path moves, replaces or unlinks a message in new/ or cur/.
     3. A message in cur/ whose lock is free was abandoned, as by a process that died: the next pass of any processor
        takes it up.  A living processor, however slow its relay, is never robbed.
-    4. commit() returning means durable: the file fsynced before its rename, the directory after it.
+    4. commit() returning means durable: the file fsynced before its rename, the directory after it (if that last fsync
+       fails, the log says so).
     5. A changed list of recipients replaces the file atomically, before the message is let go of; once the relay has
        taken it for some, the file without those is the first thing written (in place, where another can't be).
     6. A process that dies causes a duplicate only between the relay's final reply and the unlink (or replacement) that
@@ -46,11 +47,12 @@ Guarantees
     7. A queue whose creation was cut short is completed; a directory that is no Maildir is refused, untouched.
 
 What can't be guaranteed
-    Unlinks are not fsynced: a power cut may repeat the last few messages.  A crash after the copy in .failed/ may try
-    its recipients again.  A relay that took a message and died before saying so gets it twice.  A process that dies
-    after a database has committed, but before its turn came, leaves the mail in tmp/; so does a rename that fails after
-    the commit, and a critical line in the log names the file.  A DirectMailDelivery without a fallback has no queue:
-    what fails, or is under way when the process dies, is lost.
+    Unlinks are not fsynced: a power cut may repeat the last few messages.  Where an unlink (or replacement) fails, the
+    process holds the message back as long as it lives; the next one sends it again.  A crash after the copy in .failed/
+    may try its recipients again.  A relay that took a message and died before saying so gets it twice.  A process that
+    dies after a database has committed, but before its turn came, leaves the mail in tmp/; so does a rename that fails
+    after the commit, and a critical line in the log names the file.  A DirectMailDelivery without a fallback has no
+    queue: what fails, or is under way when the process dies, is lost.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ import os
 import pwd
 import re
 import select
+import shutil
 import signal
 import smtplib
 import socket
@@ -165,7 +168,7 @@ def notify(event: MailEvent) -> None:
         try:
             with _new_transaction() if transaction else contextlib.nullcontext():
                 handler(event)
-        except Exception:  # it is anybody's code
+        except (Exception, SystemExit):  # it is anybody's code
             _log.exception("event handler %r failed on %r", handler, event)
 
 
@@ -194,8 +197,10 @@ _ADDR_SPECS = re.compile(rf"{_ADDR_SPEC.pattern}(?:, *{_ADDR_SPEC.pattern})*")
 _ENHANCED_STATUS = re.compile(r"([245])\.\d{1,3}\.\d{1,3}(?!\S)")  # RFC 2034, RFC 3463
 _FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")  # RFC 5322, 2.2
 _BLANK_LINE = re.compile(rb"(\A|\r\n|\r(?!\n)|\n)(?:\r\n|\r|\n)")
+_FIELD_REST = rb"[ \t]*:((?:[^\r\n]|(?:\r\n|\r|\n)(?=[ \t]))*)"  # with the lines that are folded into it
+_BCC = re.compile(rb"(?i)(?<![^\r\n])(?:Resent-)?Bcc" + _FIELD_REST + rb"(?:\r\n|\r|\n|\Z)")
 _ENVELOPE = re.compile(rb"(?i)X-Zope-From:([^\n]*)\nX-Zope-To:([^\n]*)\n(?:X-Sendmail-Error:([^\n]*)\n)?")
-_DUE = re.compile(r",due=(\d+)\Z")
+_DUE = re.compile(r",due=\d+\Z")
 _LENIENT = {"strict": False} if hasattr(email.utils, "supports_strict_parsing") else {}  # one comma is no harm
 _counter = itertools.count()
 
@@ -208,6 +213,12 @@ def _printable(text: bytes | str) -> str:
     return line[:1000].strip()
 
 
+def _encodable(text: str, stream: Any) -> str:
+    """Return *text* with what *stream* can't take made `\\u...`."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def _parse_addresses(line: bytes | str) -> tuple[str, ...]:
     """Return the bare addresses in *line*, which may hold display names: zope.sendmail's queues do."""
     text = (line.decode("utf-8", "replace") if isinstance(line, bytes) else line).strip()
@@ -215,7 +226,7 @@ def _parse_addresses(line: bytes | str) -> tuple[str, ...]:
         found = _ADDR_SPEC.findall(text)
     else:
         found = [address for _name, address in email.utils.getaddresses([text], **_LENIENT)]
-    return tuple(dict.fromkeys(address for address in found if address and address.isprintable()))
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def _headers_of(message: bytes) -> bytes:
@@ -226,7 +237,7 @@ def _headers_of(message: bytes) -> bytes:
 
 def _header(headers: bytes, name: bytes) -> str | None:
     """Return the unfolded value of the first header called *name*, None if there is none."""
-    found = re.search(rb"(?i)(?:\A|[\r\n])%s[ \t]*:((?:[^\r\n]|(?:\r\n|\r|\n)(?=[ \t]))*)" % name, headers)
+    found = re.search(rb"(?i)(?<![^\r\n])" + name + _FIELD_REST, headers)
     return " ".join(found[1].decode("utf-8", "replace").split()) if found else None
 
 
@@ -273,6 +284,12 @@ def _new_name() -> str:
     unique = f"{next(_counter)}R{os.urandom(4).hex()}"  # R: containers may share host name and pid
     host = socket.gethostname().replace("/", r"\057").replace(":", r"\072").replace(",", r"\054")
     return f"{seconds}.M{micros:06}P{os.getpid()}Q{unique}.{host}"
+
+
+def _age(name: str, file: str | int, now: float) -> float:
+    """Return the seconds since a message arrived, by its name; a foreign name tells nothing, but its *file* does."""
+    seconds = name.partition(".")[0]
+    return now - (float(seconds) if seconds.isdecimal() else os.stat(file).st_mtime)
 
 
 def _schedule(names: Iterable[str], now: float) -> tuple[list[str], int, float]:
@@ -371,7 +388,8 @@ def _reason(error: Any) -> str:
 def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> dict[str, Reply]:
     """Let *mailer* send to one group: whatever it does becomes a reply for each recipient, or `RelayUnavailable`."""
     try:
-        replies: Any = mailer.send(fromaddr, toaddrs, message) or {}
+        replies: Any = mailer.send(fromaddr, toaddrs, message)
+        replies = replies if isinstance(replies, Mapping) else {}
         ours = any(isinstance(reply, Reply) for reply in replies.values())  # smtplib tells only of those refused
         default = _NO_REPLY if ours else _OK
     except RelayUnavailable:
@@ -402,15 +420,18 @@ def _ask_in_groups(
 @contextlib.contextmanager
 def _connected(mailer: Any) -> Iterator[None]:
     """Enter *mailer* for the block, if it is a context manager.  Raise `RelayUnavailable` if it refuses."""
-    with contextlib.ExitStack() as connection:
-        try:
-            if hasattr(mailer, "__enter__"):
-                connection.enter_context(mailer)
-        except Exception as error:
-            raise error if isinstance(error, RelayUnavailable) else RelayUnavailable(_reason(error)) from error
+    connection = mailer if hasattr(mailer, "__enter__") else contextlib.nullcontext()
+    try:
+        connection.__enter__()
+    except RelayUnavailable:
+        raise
+    except Exception as error:
+        raise RelayUnavailable(_reason(error)) from error
+    try:
         yield
+    finally:
         with contextlib.suppress(Exception):  # the messages are settled by now
-            connection.close()
+            connection.__exit__(None, None, None)
 
 
 def _wire_address(address: str, smtputf8: bool) -> bytes | None:
@@ -493,7 +514,7 @@ class _Kept(threading.local):
     """What a thread keeps of a mailer: the connection, the process that made it, how often the mailer was entered."""
     smtp: Any = None
     pid = depth = 0
-    stage = ""  # of the dialogue: 'MAIL', then 'RCPT' when that is answered, then 'data': not to be tried again
+    stage = ""  # of the dialogue: 'MAIL' until that is answered, then 'RCPT', then 'end': not to be tried again
 
 
 class SMTPMailer:
@@ -519,9 +540,9 @@ class SMTPMailer:
             raise ValueError("no_tls contradicts force_tls and implicit_tls")
         if (username is None) != (password is None):
             raise ValueError("username and password go together: one is missing")
-        if context and username and not no_tls and not context.check_hostname:
-            raise ValueError("a password needs a context that verifies certificate and host name")
         self._verified = force_tls or implicit_tls or (username is not None and not no_tls)
+        if context and self._verified and not context.check_hostname:
+            raise ValueError("a context must verify certificate and host name where TLS is required or a password sent")
         if context is None and self._verified:
             context = ssl.create_default_context()
         elif context is None:  # RFC 7435: better than nothing
@@ -561,7 +582,7 @@ class SMTPMailer:
                 if not isinstance(error, _Lost):
                     raise
                 lost: Reply = error.args[0]
-            if reused and kept.stage != "data":
+            if reused and kept.stage != "end":
                 return self.send(fromaddr, toaddrs, message)  # once: the connection is a new one
             if kept.stage == "MAIL":
                 raise RelayUnavailable(f"{self}: {lost}")
@@ -588,18 +609,19 @@ class SMTPMailer:
             replies.update(dict.fromkeys(recipients, sender.judged()))
         for address, write in zip(recipients, writes[1:]) if pipelined or not refused else ():
             reply = _answer(smtp, write)
-            replies[address] = replies[address] if refused else reply.judged()
+            if not refused:
+                replies[address] = reply.judged()
         accepted = [address for address in recipients if replies[address].outcome == "sent"]
         if accepted or pipelined:
             reply = _answer(smtp, writes[-1], go_ahead=354)
             if reply.code == 354:  # a relay may say so though it has no recipient (RFC 2920, 3.1)
-                self._kept.stage = "data"
+                self._kept.stage = "end"
                 reply = _answer(smtp, _wire_pieces(message if accepted else b""), final=True)  # nothing raises after it
             elif reply.outcome == "sent":
                 raise _Lost(Reply(451, f"4.5.0 unexpected reply to DATA: {reply}"))
             replies.update(dict.fromkeys(accepted, reply.judged()))
         if self._kept.stage == "RCPT" and not refused:
-            self._kept.stage = "data"  # all is answered
+            self._kept.stage = "end"
             _answer(smtp, [b"RSET\r\n"])
 
     def _connection(self) -> Any:
@@ -665,15 +687,19 @@ class SMTPMailer:
 
 @dataclasses.dataclass
 class StreamMailer:
-    """Print instead of sending, on *stream* (None: standard output): for a first try, and for development."""
+    """Print instead of sending, on *stream* (None: standard output): for a first try, and for development.
+
+    What is printed counts as sent.
+    """
     stream: TextIO | None = None
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> None:
         """Print envelope and message.  Raise `RelayUnavailable` if the stream does not take them."""
-        text = message.decode("utf-8", "replace").replace("\r\n", "\n").rstrip()
+        body = message.decode("utf-8", "replace").replace("\r\n", "\n").rstrip()
         stream: Any = self.stream or sys.stdout  # None: closed
         try:
-            stream.write(f"MAIL FROM:<{fromaddr}> RCPT TO:<{'>,<'.join(toaddrs)}>\n{text}\n\n")
+            text = f"MAIL FROM:<{fromaddr}> RCPT TO:<{'>,<'.join(toaddrs)}>\n{body}\n\n"
+            stream.write(_encodable(text, stream))
             stream.flush()
         except (OSError, ValueError, AttributeError) as error:  # closed, in one of three ways
             raise RelayUnavailable(f"cannot print: {_reason(error)}") from error
@@ -721,8 +747,7 @@ class Maildir:
     def add(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Queue a message durably, without a transaction; return its id.  Arguments and errors: see `send()`."""
         message_id, recipients, content = _prepare(fromaddr, toaddrs, message)
-        for error in self._publish([self._write(fromaddr, recipients, content, sync=True)]).values():
-            raise error  # and the file is litter
+        self._store("new", fromaddr, recipients, content)
         self._wake()
         return message_id
 
@@ -779,13 +804,20 @@ class Maildir:
         for name in names:
             try:
                 _insist(os.rename, self._path("tmp", name), self._path(directory, name))
-            except OSError as error:
-                failures[name] = error
+            except OSError as error:  # which may be told of what was done
+                if not os.path.isfile(self._path(directory, name)):
+                    failures[name] = error
         try:
             _fsync(self._path(directory))  # once: a second fsync would hide what the first has lost
         except OSError as error:  # they are there, and go out, if the power stays on
             _log.error("cannot make %s durable: %s", self._path(directory), _reason(error))
         return failures
+
+    def _store(self, directory: str, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "") -> None:
+        """Put a complete file in *directory*, durably; if that fails, what was written is litter."""
+        name = self._write(fromaddr, toaddrs, message, error, sync=True)
+        if failure := self._publish([name], directory).get(name):
+            raise failure
 
     def _wake(self) -> None:
         """Wake the processors that wait on the trigger."""
@@ -844,9 +876,9 @@ class Maildir:
         """Remove litter from tmp/; the log names its envelope."""
         for name in self._names("tmp"):
             with contextlib.suppress(OSError):
-                claim = self._lock("tmp", name)
-                with contextlib.closing(claim) if claim else contextlib.nullcontext():
-                    if claim and now - os.fstat(claim.fd).st_mtime > _LITTER_AGE:
+                old = now - os.lstat(self._path("tmp", name)).st_mtime > _LITTER_AGE
+                if old and (claim := self._lock("tmp", name)):  # a young one's lock may be wanted by its writer
+                    with contextlib.closing(claim):
                         envelope = os.pread(claim.fd, 1000, 0).split(b"\n")[:2]
                         os.unlink(claim.path)
                         _log.warning("removed tmp/%s, never committed: %s", name, _printable(b" ".join(envelope)))
@@ -877,9 +909,7 @@ class _Claim:
         return self.queue._path(self.directory, self.name)
 
     def age(self, now: float) -> float:
-        """Return the seconds since its arrival, by its name; a foreign name tells nothing, but its file does."""
-        seconds = self.name.partition(".")[0]
-        return now - (float(seconds) if seconds.isdecimal() else os.fstat(self.fd).st_mtime)
+        return _age(self.name, self.fd, now)
 
     def read(self) -> None:
         """Learn envelope and message.  May raise `_NoEnvelope`."""
@@ -888,13 +918,16 @@ class _Claim:
         if head.count(b"\n") < 3:
             head = os.pread(self.fd, size, 0)
         found = _ENVELOPE.match(head)
-        self.toaddrs = _parse_addresses(found[2]) if found else ()
-        if not found or not self.toaddrs:
+        toaddrs = _parse_addresses(found[2]) if found else ()
+        fromaddr = "".join(_parse_addresses(found[1])[:1]) if found else ""
+        if not found or not toaddrs or not "".join((fromaddr, *toaddrs)).isprintable():
             raise _NoEnvelope("no readable envelope")
-        self.fromaddr = "".join(_parse_addresses(found[1])[:1])
+        self.fromaddr, self.toaddrs = fromaddr, toaddrs
         self.error = _printable(found[3] or b"")
         start = found.end()  # a large message is read by itself, to be in memory once
         self.message = head[start:] if len(head) == size else os.pread(self.fd, size - start, start)
+        if len(self.message) != size - start:  # over 2 GB (read(2))
+            raise OSError(f"only {len(self.message)} bytes could be read")
         self.message_id = _printable(_header(_headers_of(self.message), b"Message-Id") or "").strip("<> ")
 
     def keep(self, toaddrs: tuple[str, ...], error: str) -> None:
@@ -919,7 +952,8 @@ class _Claim:
         """Note that the relay has taken the message for all but *waiting*: here the window for a duplicate closes."""
         try:
             if not waiting:
-                _insist(os.unlink, self.path)
+                with contextlib.suppress(FileNotFoundError):  # an error may be told of what was done
+                    _insist(os.unlink, self.path)
             else:
                 try:
                     self.keep(waiting, error)
@@ -948,7 +982,7 @@ class _Claim:
 
     def let_go(self) -> None:
         """Release it, if that was not done, and close it; if that fails it is abandoned, which will do."""
-        if self in self.held and self.unwritten is None:
+        if self in self.held and self.unwritten is None:  # a fork holds nothing
             with contextlib.suppress(OSError):
                 self.release()
             self.close()
@@ -962,9 +996,7 @@ class _Claim:
 
     def give_up_for(self, toaddrs: tuple[str, ...], error: str) -> None:
         """Put a copy for *toaddrs* in .failed/, for the others have another fate."""
-        name = self.queue._write(self.fromaddr, toaddrs, self.message, error, sync=True)
-        for trouble in self.queue._publish([name], self.queue._failed()).values():
-            raise trouble  # and the copy is litter
+        self.queue._store(self.queue._failed(), self.fromaddr, toaddrs, self.message, error)
 
     def move(self, directory: str, name: str) -> None:
         os.rename(self.path, self.queue._path(directory, name))
@@ -999,7 +1031,7 @@ class _Message:
     message_id: str
     fromaddr: str
     toaddrs: tuple[str, ...]
-    content: bytes
+    content: bytes = dataclasses.field(repr=False)  # not for a log
     name: str
 
 
@@ -1054,7 +1086,7 @@ class _Courier(NamedTuple):
         except _NoEnvelope as error:
             _log.error("%s: %s", _printable(claim.path), error)
             claim.give_up()
-            yield MailErrorEvent("", claim.fromaddr, (), str(error), "5.6.0")
+            yield MailErrorEvent("", "", (), str(error), "5.6.0")
         except Exception as error:
             _log.error("%s: %s", _printable(claim.path), _reason(error))
             if claim.directory == "cur" and claim.unwritten is None:
@@ -1063,11 +1095,11 @@ class _Courier(NamedTuple):
             if claim.unwritten is None:  # or else it stays locked: nobody may send it again
                 claim.close()
 
-    def settle_unwritten(self, queue: Maildir) -> Iterator[MailEvent]:
-        """Yield the events of what could not be written before, as far as it can be now."""
+    def settle_unwritten(self, queue: Maildir) -> list[MailEvent]:
+        """Write what could not be written before, as far as it can be now; return the events of it."""
         with _Claim.retrying:
-            for claim in [claim for claim in tuple(_Claim.held) if claim.queue.path == queue.path]:
-                yield from self.deliver(claim) if claim.unwritten is not None else ()
+            unwritten = [claim for claim in tuple(_Claim.held) if claim.unwritten is not None]
+            return [event for claim in unwritten if claim.queue.path == queue.path for event in self.deliver(claim)]
 
     def _attempt(self, claim: _Claim) -> Iterator[MailEvent]:
         failed, deferred = dict[str, Reply](), dict[str, Reply]()
@@ -1117,11 +1149,13 @@ class _DataManager:
         self.transaction_manager = manager  # of the interface
         self.messages: list[_Message] = []
         self.joined = self.committing = False
+        self.pid = os.getpid()
 
     def drop(self, start: int) -> None:
         dropped, self.messages[start:] = self.messages[start:], []
-        for message in dropped if self.delivery.queue else ():
-            self.delivery.queue._discard(message.name)
+        if self.delivery.queue and self.pid == os.getpid():  # what a fork aborts is its parent's
+            for message in dropped:
+                self.delivery.queue._discard(message.name)
 
     def savepoint(self) -> Any:
         length = len(self.messages)
@@ -1136,7 +1170,8 @@ class _DataManager:
     def tpc_begin(self, _transaction: Any) -> None:
         self.committing = True
 
-    tpc_vote = tpc_begin  # nothing to add: see commit()
+    def tpc_vote(self, _transaction: Any) -> None:
+        """Nothing: see `commit()`."""
 
     def commit(self, _transaction: Any) -> None:
         """Do all that can fail: it comes before any vote, and zope.sqlalchemy commits in its vote."""
@@ -1273,7 +1308,10 @@ class DirectMailDelivery(_Delivery):
     def _attempt(self, message: _Message, claim: _Claim | None) -> Iterator[MailEvent]:
         """Make the one attempt.  May raise `RelayUnavailable`."""
         if self.queue:
-            yield from _Courier(self._mailer).deliver(claim) if claim else ()
+            try:
+                yield from _Courier(self._mailer).deliver(claim) if claim else ()
+            except OSError as error:  # it is abandoned, for a processor
+                _log.error("%s: %s", _printable(message.name), _reason(error))
             return
         for sent, others in _ask_in_groups(self._mailer, message.fromaddr, message.toaddrs, message.content):
             yield from _events(message, "sent", sent)
@@ -1304,6 +1342,7 @@ class _Listing(NamedTuple):
 class QueueProcessorThread(threading.Thread):
     """Send what is due in *queue* (a `Maildir`, or its path) by *mailer*, every *interval* seconds and when woken.
 
+    While the relay is unavailable, it is not woken, and the passes are up to 60 s apart.
     `start()` makes it a daemon thread, which interpreter exit stops and joins; `run()` does the same in this thread;
     `process()` makes one pass.  A pass takes at most *batch* messages, over *workers* connections.  What a reply would
     defer is given up if it is older than *max_age* seconds; *soft_bounce* defers what the relay refuses for good.
@@ -1322,8 +1361,8 @@ class QueueProcessorThread(threading.Thread):
         self._counting = threading.Lock()  # for the counts of a pass, which its workers share
         self._stopping = False
         self._bell = os.pipe()  # rung by stop(), which a signal handler may call: an Event could dead-lock there
-        os.set_blocking(self._bell[1], False)
         for end in self._bell:
+            os.set_blocking(end, False)
             weakref.finalize(self, os.close, end)
         self._listings = {"cur": _Listing(), "new": _Listing()}
         self._not_before: dict[str, float] = {}  # what is left alone, and until when
@@ -1351,10 +1390,12 @@ class QueueProcessorThread(threading.Thread):
         trigger = self._queue._open_trigger()
         outage_began = None
         try:
-            while not self._stopping:
-                for fd in trigger:  # before the pass lists, never after: what comes from now on wakes again
+            while True:
+                for fd in (self._bell[0], *trigger):  # before the pass lists: what comes from now on wakes again
                     with contextlib.suppress(BlockingIOError):
                         os.read(fd, 1 << 20)
+                if self._stopping:  # if not, the bell, which forks share, was rung by one
+                    break
                 outage = None
                 try:
                     outage = self.process().outage
@@ -1382,23 +1423,26 @@ class QueueProcessorThread(threading.Thread):
         if self._clock() >= self._next_cleaning:
             self._next_cleaning = self._clock() + 3600
             self._queue._clean(self._clock())
-        counts = _Counts(left=-self._recover(courier))  # for what it releases counts among the new
+        released = self._recover(courier)
         due = self._look("new")
         self._suspects.intersection_update(due)
         due = sorted(due, key=self._suspects.__contains__)[: self._batch]
         due.reverse()  # for pop()
-        counts.left += sum(listing.size for listing in self._listings.values())
+        counts = _Counts(left=sum(listing.size for listing in self._listings.values()) - released)  # now among the new
         try:
             if due and not self._stopping:
                 with _connected(self._mailer):  # before any claim, and before the helpers
                     helpers = [threading.Thread(target=self._help, args=(courier, due, counts), daemon=True)
                                for _ in range(min(self._workers, len(due)) - 1)]  # fmt: skip
-                    with contextlib.suppress(RuntimeError):  # no more threads, as at interpreter exit
-                        for helper in helpers:
-                            helper.start()
-                    self._work(courier, due, counts)
-                    for helper in [helper for helper in helpers if helper.ident]:
-                        helper.join()
+                    try:
+                        with contextlib.suppress(RuntimeError):  # no more threads, as at interpreter exit
+                            for helper in helpers:
+                                helper.start()
+                        self._work(courier, due, counts)
+                    finally:
+                        due.clear()  # an interrupt ends the work of all
+                        for helper in [helper for helper in helpers if helper.ident]:
+                            helper.join()
         except RelayUnavailable as error:
             counts.outage = error
         if counts.outage:
@@ -1429,12 +1473,13 @@ class QueueProcessorThread(threading.Thread):
         known = self._listings[directory]
         if mtime == known.mtime and known.listed <= now < known.valid_until:
             return []
-        due, waiting, next_due = _schedule(self._queue._names(directory), now)
-        left_alone = {name: self._not_before[name] for name in due if self._not_before.get(name, 0.0) > now}
-        quiet = len(due) == len(left_alone) and now - mtime / 1e9 > 2
-        valid_until = min([next_due, *left_alone.values()]) if quiet else 0.0
+        names = self._queue._names(directory)
+        due, waiting, next_due = _schedule(names, now) if directory == "new" else (list(names), 0, now + _BACKOFF_MAX)
+        not_before = {name: when for name, when in self._not_before.items() if now < when <= now + _BACKOFF_MIN}
+        ready, self._not_before = sorted(name for name in due if name not in not_before), not_before
+        valid_until = min([next_due, *not_before.values()]) if not ready and now - mtime / 1e9 > 2 else 0.0
         self._listings[directory] = _Listing(mtime, now, valid_until, len(due) + waiting)
-        return sorted(name for name in due if name not in left_alone)
+        return ready
 
     def _help(self, courier: _Courier, due: list[str], counts: _Counts) -> None:
         """Work over one more connection; if there is none to be had, the first goes on alone."""
@@ -1486,15 +1531,15 @@ usage: python -m sendmail --maildir DIR [option ...]               send what is 
   --interval SECONDS    stay, and look for mail that often, and whenever some is queued
   --batch N             messages in one pass, at most (default: all that are due)
   --workers N           connections to the relay (default: 1)
-  --max-age DAYS        give up what could not be sent for so long (default: 5)
+  --max-age DAYS        give up what the relay still defers after so long (default: 5)
   --soft-bounce         defer what the relay refuses for good
-  --print               print instead of sending
+  --print               print what is due instead of sending it: it leaves the queue (to look at it, use --list)
   --hostname HOST, --port PORT    the relay (default: localhost, 25)
   --username NAME       log in, with the password in $SENDMAIL_PASSWORD or
   --password-file FILE  in the first line of FILE, read at every login
   --auth MECHANISM      CRAM-MD5, PLAIN, LOGIN or XOAUTH2 (default: the best of the first three)
   --no-tls, --force-tls, --implicit-tls    never use TLS, require STARTTLS, speak TLS from the start (port 465)
-  --timeout SECONDS     for each step of the dialogue (default: 60)
+  --timeout SECONDS     for each step of the dialogue (default: 60); the reply to the data has ten minutes
   --domain DOMAIN       completes addresses without one (default: this host's name)
   --verbose             a line for every message
   --help, --version
@@ -1502,8 +1547,8 @@ usage: python -m sendmail --maildir DIR [option ...]               send what is 
 of sendmail(8): -t takes the recipients from To, Cc and Bcc, besides those given; -i, -oi: a line with only a dot does
 not end the message; -f, -r SENDER: envelope sender (default: you; <> is none); -F NAME: your name, for a missing From
 
-exit status: 0 done, even if messages were deferred or given up; 64 usage; 65 bad message; 73 the queue can't be
-opened or made; 74 input or output error; 75 relay unavailable; 130 interrupted
+exit status: 0 done, even if messages were deferred or given up; 64 usage; 65 bad message, or no message called NAME;
+73 the queue can't be opened or made; 74 input or output error; 75 relay unavailable; 130 interrupted
 """
 # what --help says is what there is: the name of each option, and of its value
 _OPTIONS = dict(re.findall(r"--([a-z-]+)(?: ([A-Z]+))?", _HELP))
@@ -1523,6 +1568,7 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     runs = [arg for arg in itertools.takewhile(lambda arg: arg != "--", argv) if arg.startswith("-q")]
     for run in runs:  # only an attached value is one
         argv.remove(run)
+    os.environ.pop("POSIXLY_CORRECT", None)  # options may stand after recipients
     try:
         known = [name + "=" * bool(value) for name, value in _OPTIONS.items()]
         pairs, operands = getopt.gnu_getopt(argv, _SENDMAIL_OPTIONS, known)
@@ -1601,7 +1647,7 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
 
 def _addresses(text: str, domain: str) -> list[str]:
     """Return the addresses in *text*, completed with *domain*; what is none as it is, to be refused."""
-    found = _parse_addresses(text) if text.isprintable() else ()
+    found = _parse_addresses(text) if not re.search(r"[\0-\x1f]", text) else ()
     for local in (address for address in found if "@" not in address):
         if not re.search(rf"(?:\A|[,:<)])\s*{re.escape(local)}\s*(?:[,;>(]|\Z)", text):  # the first of several words
             return [text]
@@ -1637,9 +1683,9 @@ def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str]
         for value in [" ".join(value.split()) for name in names for value in fields.get_all(name, [])]:
             if _parse_addresses(value) or value.rstrip(" ;,:") == value != "":  # or else an empty group
                 recipients += _addresses(value, domain)
-    message = re.sub(rb"(?im)^(?:Resent-)?Bcc[ \t]*:.*\n?(?:[ \t].*\n?)*", b"", headers) + message[len(headers) :]
+    message = _BCC.sub(b"", headers) + message[len(headers) :]
     if "From" not in fields:
-        author = email.utils.formataddr((flags.get("-F", ""), sender or f"MAILER-DAEMON@{domain}"))
+        author = email.utils.formataddr((_printable(flags.get("-F", "")), sender or f"MAILER-DAEMON@{domain}"))
         message = _with_header_lines(message, f"From: {author}")
     queue.add(sender, recipients, message)
 
@@ -1661,22 +1707,22 @@ def _entries(queue: Maildir) -> Iterator[dict[str, Any]]:
     """Yield what there is to show of each message."""
     now = time.time()
     for directory, name in _all(queue, "cur", "new", ".failed/new", ".failed/cur"):
+        path = queue._path(directory, name)
+        _, deferred, due = _schedule([name] if directory == "new" else [], now)
+        entry: dict[str, Any] = {"name": name, "state": "deferred" if deferred else "due"}
         try:
+            entry.update(age=_age(name, path, now), size=os.stat(path).st_size, sender="", recipients=())
+            entry.update(due=due if deferred else None, error="")
             locked = directory == "cur" and queue._lock(directory, name)
-            claim = locked or _Claim(queue, directory, name)
+            entry["state"] = "failed" if directory[0] == "." else "sending" if locked is None else entry["state"]
+            with contextlib.closing(locked or _Claim(queue, directory, name)) as claim:
+                claim.read()
+                entry.update(sender=claim.fromaddr, recipients=claim.toaddrs, error=claim.error)
         except FileNotFoundError:  # gone by now
             continue
-        with contextlib.closing(claim):
-            with contextlib.suppress(_NoEnvelope):
-                claim.read()
-            state = "failed" if directory[0] == "." else "sending" if locked is None else "due"
-            _, deferred, due = _schedule([name] if directory == "new" else [], now)
-            yield {
-                "name": name, "state": "deferred" if deferred else state, "age": claim.age(now),
-                "size": os.fstat(claim.fd).st_size, "sender": claim.fromaddr, "recipients": claim.toaddrs,
-                "due": due if deferred else None,
-                "error": claim.error if claim.toaddrs else "no readable envelope",
-            }  # fmt: skip
+        except (OSError, _NoEnvelope) as error:
+            entry["error"] = _reason(error)
+        yield entry
 
 
 def _table(queue: Maildir) -> Iterator[str]:
@@ -1698,7 +1744,7 @@ def _table(queue: Maildir) -> Iterator[str]:
 def _fit(line: str) -> str:
     """Return *line*, parts of which others wrote, printable and no wider than the terminal."""
     line = "".join(c if c.isprintable() else "?" for c in line)
-    width = os.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else len(line)
+    width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else len(line)
     return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
@@ -1706,20 +1752,25 @@ def _show(lines: Iterable[str]) -> None:
     if sys.stdout is None:
         raise OSError("standard output is closed")
     for line in lines:
-        print(line, flush=True)
+        print(_encodable(line, sys.stdout), flush=True)
 
 
 def _requeue(queue: Maildir, names: Sequence[str]) -> None:
     """Make failed and deferred messages due, all or those called *names*."""
-    missing = set(names)
+    missing, trouble = set(names), None
     for directory, name in _all(queue, "new", ".failed/new", ".failed/cur"):
-        wanted = name in missing or (not names and (directory != "new" or _DUE.search(name)))
-        if wanted and (claim := queue._lock(directory, name)):
-            with contextlib.closing(claim):
-                claim.requeue()
-            missing.discard(name)
+        if name in missing or (not names and (directory != "new" or _DUE.search(name))):
+            try:
+                if claim := queue._lock(directory, name):
+                    with contextlib.closing(claim):
+                        claim.requeue()
+                    missing.discard(name)
+            except OSError as error:
+                trouble = error
     _fsync(queue._path("new"))
     queue._wake()
+    if trouble:
+        raise trouble
     if missing:
         raise _Exit(_DATAERR, f"not in the queue, or being sent: {', '.join(sorted(missing))}")
 

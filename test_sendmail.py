@@ -973,6 +973,48 @@ def test_whatever_a_mailer_returns_or_raises_is_one_of_four_outcomes(queue, even
         assert events[0].error_message.isprintable()
 
 
+@pytest.mark.parametrize("answer", ["queued as 4F1", 0, ["ann@x.org"], object()])
+def test_a_mailer_that_returns_what_is_no_mapping_has_sent_to_all(queue: Maildir, events: Any, answer: Any) -> None:
+    class Mailer:
+        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> Any:
+            return answer
+
+    queue.add("app@x.org", ["ann@x.org", "bob@x.org"], MESSAGE)
+    assert QueueProcessorThread(queue, Mailer()).process().sent == 1 and state(queue) == {}
+    assert [(type(event), event.toaddrs) for event in events] == [(MailSentEvent, ("ann@x.org", "bob@x.org"))]
+
+
+@pytest.mark.parametrize("place", ["__enter__", "send"])
+def test_an_exit_of_a_mailer_that_fails_hides_no_outage(queue: Maildir, events: Any, place: str) -> None:
+    outage = RelayUnavailable("down")
+
+    class Mailer:
+        def __enter__(self) -> None:
+            if place == "__enter__":
+                raise outage
+
+        def __exit__(self, *_exc_info: Any) -> None:
+            raise OSError("QUIT failed")
+
+        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> Any:
+            raise outage
+
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    assert QueueProcessorThread(queue, Mailer()).process().outage is outage and outage.__cause__ is None
+    with transaction.manager:
+        DirectMailDelivery(Mailer()).send("app@x.org", ["bob@x.org"], MESSAGE)
+    assert [(type(event), event.toaddrs) for event in events] == [(MailErrorEvent, ("bob@x.org",))]
+
+
+@pytest.mark.parametrize("options", [{"force_tls": True}, {"implicit_tls": True}, {"username": "u", "password": "p"}])
+def test_a_context_that_verifies_nothing_is_refused_where_it_matters(options: Any) -> None:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    SMTPMailer(context=context)
+    with pytest.raises(ValueError, match="verify"):
+        SMTPMailer(context=context, **options)
+
+
 @pytest.mark.parametrize("error", [
     RelayUnavailable("no"), OSError("no route"), smtplib.SMTPServerDisconnected("gone"), ValueError("a bug")])
 def test_a_mailer_that_cannot_be_entered_is_an_outage(queue, events, error):
@@ -1139,6 +1181,7 @@ def provoke(origin, queue, relay):
 
 CONDUCTS = {
     "raises": fail_here,
+    "exits": sys.exit,
     "aborts": lambda: transaction.abort(),
     "begins": lambda: transaction.begin(),
     "commits": lambda: transaction.commit(),
@@ -1379,8 +1422,7 @@ def test_what_comes_from_outside_cannot_break_a_line_of_the_log_or_the_envelope(
             else:
                 connection.say("250 Ok")
 
-    recipients = f"ann@x.org, deferred@x.org, refused@x.org, a{evil}b@x.org, eve@x.org{evil}"
-    lines = f"X-Zope-From: app@x.org\nX-Zope-To: {recipients}\n"
+    lines = "X-Zope-From: app@x.org\nX-Zope-To: ann@x.org, deferred@x.org, refused@x.org\n"
     message = f"Message-Id: <{evil}m1@x.org>\nSubject: {evil}\n\nHello.\n"
     new = pathlib.Path(queue.path, "new")
     name = f"{int(time.time())}.{evil}".replace("\x00", "")
@@ -1873,6 +1915,19 @@ def test_a_password_that_cannot_be_sent_is_an_outage_and_is_not_shown(scripted, 
     with pytest.raises(RelayUnavailable) as caught:
         smtp_send(scripted(auth_dialogue(auth)), no_tls=True, auth=auth, username="ann", password="gehéim")
     assert not re.search("geh|é|xe9|im$", str(caught.value))
+
+
+@pytest.mark.parametrize("evil", [character for character in HOSTILE if not character.isspace()], ids=ascii)
+@pytest.mark.parametrize("line", ["X-Zope-From: a{}b@x.org\nX-Zope-To: ann@x.org\n",
+                                  "X-Zope-From: app@x.org\nX-Zope-To: ann@x.org, a{}b@x.org\n"])
+def test_a_message_to_an_unprintable_address_is_kept_whole_in_failed(
+    queue: Maildir, relay: Relay, events: Any, line: str, evil: str
+) -> None:
+    text = line.format(evil).encode() + MESSAGE
+    pathlib.Path(queue.path, "new", "1.M1P1Q1.host").write_bytes(text)
+    assert QueueProcessorThread(queue, relay.mailer()).process().failed == 1
+    assert relay.received == [] and content(queue) == [text] and list(state(queue)) == [".failed/new"]
+    assert [(type(event), event.toaddrs) for event in events] == [(MailErrorEvent, ())]
 
 
 def test_no_password_is_told_to_anybody(queue: Maildir, scripted: Any, events: Any, caplog: Any) -> None:
@@ -3296,6 +3351,80 @@ def test_what_one_queue_cannot_note_is_no_business_of_the_processor_of_another(t
     assert len(events) == 1 and state(other) == {}
 
 
+def test_a_message_that_cannot_be_settled_stops_none_of_its_commit(queue, relay, events, monkeypatch, caplog):
+    rename = os.rename
+    relay.refusals[ANN] = "450 4.2.1 busy"
+    [trigger] = queue._open_trigger()
+    with monkeypatch.context() as patch, transaction.manager:
+        for recipient in (ANN, BOB):
+            DirectMailDelivery(relay.mailer(), fallback=queue).send(SENDER, recipient, MESSAGE)
+        patch.setattr(os, "rename", lambda *paths: disk_error() if ",due=" in paths[1] else rename(*paths))
+        transaction.commit()
+    assert [message.recipients for message in relay.received] == [[BOB]] and state(queue).keys() == {"cur"}
+    assert [(type(event), event.toaddrs) for event in events] == [(MailSentEvent, (BOB,))]
+    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2 and os.read(trigger, 10)
+    os.close(trigger)
+
+
+def test_a_handler_may_wait_for_a_thread_that_sends(queue, relay, monkeypatch):
+    queue.add(SENDER, ANN, MESSAGE)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", disk_error)
+        QueueProcessorThread(queue, relay.mailer()).process()
+
+    def commit():
+        with transaction.manager:
+            DirectMailDelivery(relay.mailer(), fallback=queue).send(SENDER, BOB, MESSAGE)
+
+    @sendmail.subscribe
+    def wait(event):
+        if event.toaddrs == (ANN,):
+            threads.append(threading.Thread(target=commit, daemon=True))
+            threads[0].start()
+            threads[0].join(20)
+            alive.append(threads[0].is_alive())
+
+    threads, alive = [], []
+    QueueProcessorThread(queue, relay.mailer()).process()
+    assert alive == [False] and [message.recipients for message in relay.received] == [[ANN], [BOB]]
+
+
+def test_what_a_fork_aborts_is_still_there_for_the_parent_to_commit(queue, relay):
+    QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
+    forked(transaction.abort)
+    transaction.commit()
+    assert len(delivered(queue, relay)) == 1
+
+
+def test_a_fork_that_exits_during_a_commit_lets_go_of_nothing_that_its_parent_holds(queue, relay):
+    code = """
+import os, sys, transaction
+from sendmail import *
+
+class Mailer(SMTPMailer):
+    def send(self, *message):
+        if not (child := os.fork()):
+            sys.exit()
+        os.waitpid(child, 0)
+        return super().send(*message)
+
+with transaction.manager:
+    delivery = DirectMailDelivery(Mailer("127.0.0.1", int(sys.argv[2])), fallback=sys.argv[1])
+    for number in range(3):
+        delivery.send("app@example.com", f"ann{number}@example.com", "Subject: x")
+"""
+    subprocess.run(python_command(code, queue.path, relay.port), timeout=60, check=True)
+    assert (len(relay.received), state(queue)) == (3, {})
+
+
+def test_no_message_is_printed_in_the_log_of_what_is_in_doubt(relay, monkeypatch, caplog):
+    DirectMailDelivery(relay.mailer()).send(SENDER, ANN, MESSAGE + b"token=secret\n")
+    monkeypatch.setattr(sendmail, "_ask_in_groups", fail_here)
+    transaction.commit()
+    assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
+    assert ANN in caplog.text and "secret" not in caplog.text
+
+
 def test_a_direct_delivery_notes_at_its_next_commit_what_it_could_not_note_at_once(queue, relay, events, monkeypatch):
     delivery = DirectMailDelivery(relay.mailer(), fallback=queue)
     with monkeypatch.context() as patch, transaction.manager:
@@ -3989,6 +4118,72 @@ def test_during_an_outage_nothing_wakes_a_processor(queue: Maildir) -> None:
     assert [counts.left for counts in passes] == [1]
 
 
+def test_a_message_whose_file_is_gone_when_the_relay_has_taken_it_is_sent(queue: Maildir, events: Any, caplog: Any) -> None:
+    class Mailer:
+        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
+            [name] = os.listdir(f"{queue.path}/cur")
+            os.unlink(f"{queue.path}/cur/{name}")
+
+    queue.add("app@x.org", "ann@x.org", MESSAGE)
+    processor = QueueProcessorThread(queue, Mailer())
+    assert [processor.process().sent for _ in range(2)] == [1, 0]
+    assert [type(event) for event in events] == [MailSentEvent] and caplog.records == []
+
+
+def test_an_interrupt_in_a_pass_ends_its_helpers_too(queue: Maildir) -> None:
+    started, sent = threading.Barrier(3), []
+
+    class Mailer:
+        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
+            if not sent:
+                started.wait(20)
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            sent.append(toaddrs)
+
+    for _ in range(30):
+        queue.add("app@x.org", "ann@x.org", MESSAGE)
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        QueueProcessorThread(queue, Mailer(), workers=3).process()
+    assert threading.active_count() == threads
+    assert sum(map(len, state(queue).values())) == 30 - len(sent)
+
+
+def test_a_clock_that_was_ahead_keeps_nothing_waiting(queue: Maildir, relay: Relay, monkeypatch: Any) -> None:
+    queue.add("app@x.org", "ann@x.org", MESSAGE)
+    queue.add("app@x.org", "bob@x.org", MESSAGE)
+    _first, second = state(queue)["new"]
+    os.rename(f"{queue.path}/new/{second}", f"{queue.path}/cur/{second},due={time.time() + 600:.0f}")  # claimed then
+    processor = QueueProcessorThread(queue, relay.mailer())
+    processor._clock = lambda: time.time() + 30 * DAY
+    with monkeypatch.context() as patch:
+        patch.setattr(Maildir, "_lock", disk_error)
+        processor.process()
+    processor._clock = time.time
+    processor.process()
+    assert [message.recipients for message in relay.received] == [["ann@x.org"]]
+    assert state(queue).keys() == {"new"}, "the other is released"
+
+
+def test_what_is_read_short_is_not_sent_cut_off(queue: Maildir, relay: Relay, monkeypatch: Any) -> None:
+    queue.add("app@x.org", "ann@x.org", MESSAGE + b"x" * 100_000)
+    read = os.pread
+    with monkeypatch.context() as patch:  # as read(2) does over 2 GB
+        patch.setattr(os, "pread", lambda fd, size, start: read(fd, min(size, 50_000), start))
+        assert QueueProcessorThread(queue, relay.mailer()).process().deferred == 1
+    assert relay.received == [] and content(queue)[0].endswith(b"x" * 100_000)
+
+
+def test_a_cleaning_takes_no_lock_that_a_writer_may_want(queue: Maildir, relay: Relay, monkeypatch: Any) -> None:
+    lock, directories = Maildir._lock, []
+    monkeypatch.setattr(Maildir, "_lock", lambda self, *where: (directories.append(where[0]), lock(self, *where))[1])
+    queue._write("app@x.org", ["ann@x.org"], MESSAGE)
+    queue.add("app@x.org", "ann@x.org", MESSAGE)
+    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+    assert directories == ["new"]
+
+
 def test_what_an_outage_interrupts_counts_as_left(queue: Maildir) -> None:
     class Mailer:
         def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> None:
@@ -4143,6 +4338,28 @@ def test_a_second_signal_ends_at_once_and_the_next_pass_recovers(
     assert list(state(queue)) == ["cur"]
     assert command_line("--maildir", queue.path, *to_relay(relay)).returncode == 0
     assert (len(relay.received), state(queue)) == (1, {})
+
+
+def test_a_fork_that_stops_its_copy_of_a_processor_does_not_make_the_parent_spin(queue: Maildir) -> None:
+    code = """
+import os, sys, time, sendmail
+processor = sendmail.QueueProcessorThread(sys.argv[1], sendmail.StreamMailer(), 3600)
+passes, make_pass = [], processor.process
+processor.process = lambda: (passes.append(1), make_pass())[1]
+processor.start()
+while not passes: time.sleep(0.01)
+if not os.fork():
+    processor.stop()
+    os._exit(0)
+os.wait()
+while len(passes) < 2: time.sleep(0.01)
+time.sleep(0.3)
+print(len(passes), processor.is_alive())
+os._exit(0 if sys.stdout.flush() is None else 1)
+"""
+    ran = subprocess.run(python_command(code, queue.path, options=["-W", "ignore"]), capture_output=True, timeout=60,
+                         check=False)
+    assert ran.stdout == b"2 True\n"
 
 
 def test_the_exit_of_a_forked_child_neither_stops_nor_wakes_the_processor(queue: Maildir) -> None:
@@ -4341,6 +4558,34 @@ def test_wrong_usage_is_neither_a_pass_nor_an_injection(run, queue, relay, argum
     assert (state(queue), relay.sessions) == (before, 0)
 
 
+@pytest.mark.parametrize(("headers", "recipients", "kept"), [
+    (b"X-Note: a form\rBcc: secret@x.org\nTo: b@x.org\n", ["b@x.org", "secret@x.org"], b"X-Note: a form\rTo: b@x.org\n"),
+    (b"To: b@x.org\rBcc: secret@x.org\rSubject: hi\n", ["b@x.org", "secret@x.org"], b"To: b@x.org\rSubject: hi\n"),
+    (b"Bcc: secret@x.org,\r\n\tc@x.org\r\nX-Bcc: no\r\n", ["secret@x.org", "c@x.org"], b"X-Bcc: no\r\n"),
+])
+def test_bcc_is_dropped_whatever_ends_its_line_and_no_other_header_goes_with_it(run, queue, headers, recipients, kept):
+    others = b"From: app@x.org\nDate: x\nMessage-Id: <1@x.org>\n"
+    assert run("--maildir", queue.path, "-t", stdin=others + headers + b"\nHello.\n") == (0, "", "")
+    assert queued(queue)[1:] == (recipients, others + kept + b"\nHello.\n")
+
+
+def test_a_display_name_may_hold_what_is_not_printable_and_an_address_may_not(run, queue):
+    assert run("--maildir", queue.path, "-t", stdin="To: 👩\u200d💻 Ann <ann@x.org>\n\n".encode()) == (0, "", "")
+    assert queued(queue)[1] == ["ann@x.org"]
+    assert run("--maildir", queue.path, "-t", stdin="To: ann@x.org\u200b\n\n".encode())[0] == 65
+
+
+def test_a_line_end_in_the_name_of_the_sender_adds_no_header(run, queue):
+    assert run("--maildir", queue.path, "-F", "Eve\nReply-To: eve@evil.org", ANN, stdin=b"Subject: x\n\n") == (0, "", "")
+    assert b"\nReply-To" not in queued(queue)[2]
+
+
+def test_options_may_stand_after_recipients_under_posixly_correct_too(run, queue, monkeypatch):
+    monkeypatch.setenv("POSIXLY_CORRECT", "1")
+    assert run("--maildir", queue.path, ANN, "-f", BOB, stdin=b"Subject: x\n\n") == (0, "", "")
+    assert queued(queue)[:2] == (BOB, [ANN])
+
+
 @pytest.mark.parametrize(
     ("headers", "recipients"),
     [
@@ -4522,6 +4767,33 @@ def on_terminal(background: Any, *arguments: Any, columns: int = 80, stderr: boo
             output += read
     os.close(ours)
     return process.wait(60), output.decode()
+
+
+def test_a_message_that_may_not_be_read_is_listed_with_the_reason(tmp_path):
+    queue = Maildir(tmp_path / "queue")
+    for number, mode in ((1, 0), (2, 0o600)):
+        file = tmp_path / f"queue/new/{number}.M1P1Q1.host"
+        file.write_bytes(b"X-Zope-From: app@x.org\nX-Zope-To: ann@x.org\n" + MESSAGE)
+        file.chmod(mode)
+    done = [command_line("--maildir", queue.path, "--list", *json, preexec_fn=without_root_rights) for json in ([], ["--json"])]
+    assert [ran.returncode for ran in done] == [0, 0]
+    table, closed, readable = done[0].stdout.decode(), *map(json.loads, done[1].stdout.splitlines())
+    assert (closed["state"], closed["recipients"], readable["recipients"]) == ("due", [], ["ann@x.org"])
+    assert "Permission denied" in closed["error"] and "Permission denied" in table
+    assert "messages: 2 due" in table and closed["age"] > 1e9 and closed["size"] > len(MESSAGE)
+
+
+def test_list_is_whole_on_a_terminal_that_tells_no_width(background, queue):
+    queue.add("app@example.com", ANN, MESSAGE)
+    status, output = on_terminal(background, "--maildir", queue.path, "--list", columns=0)
+    assert status == 0 and f"<app@example.com> to {ANN}\r\n" in output
+
+
+def test_output_in_a_narrow_encoding_shows_the_rest_escaped(queue):
+    queue.add("app@example.com", "łódź@example.com", "Subject: łódź\n\n")
+    for arguments, expected in ("--list", b"\\u0142"), ("--print", b"\\u0142"), ("--list", b"none"):
+        done = command_line("--maildir", queue.path, arguments, env={"PYTHONIOENCODING": "latin-1"})
+        assert (done.returncode, done.stderr) == (0, b"") and expected in done.stdout
 
 
 @pytest.mark.usefixtures("spool")
@@ -4793,8 +5065,6 @@ BAD_INPUT = {
     "requeue-of-nothing": ("--maildir {d}/missing --requeue", b"", 73),
     "tmp-not-writable": ("--maildir {d}/readonly ann@example.com", MESSAGE, 74),
     "new-not-readable": ("--maildir {d}/hidden --port {p}", b"", 74),
-    "message-not-readable": ("--maildir {d}/foreign --list", b"", 74),
-    "message-not-readable-for-a-program": ("--maildir {d}/foreign --list --json", b"", 74),
     "message-not-to-be-locked": ("--maildir {d}/foreign --requeue", b"", 74),
     "relay-refuses": ("--maildir {q} --hostname 127.0.0.1 --port 1", b"", 75),
     "host-no-name": ("--maildir {q} --hostname a..b", b"", 75),
