@@ -252,7 +252,7 @@ def _serialise(message: _Content, addresses: Iterable[str]) -> bytes:
     """Return *message* as bytes; of a `Message`, a copy without Bcc."""
     if isinstance(message, (bytes, str)):
         return message.encode() if isinstance(message, str) else message
-    message = copy.copy(message)  # which has a header list of its own as soon as one is deleted
+    message = copy.deepcopy(message)  # for writing it sets boundaries, in its parts too
     del message["Bcc"], message["Resent-Bcc"]
     policy: Any = message.policy
     utf8 = hasattr(policy, "utf8") and not all(map(str.isascii, addresses))  # RFC 6532: can't be written otherwise
@@ -951,14 +951,13 @@ class _Claim:
     def record(self, waiting: tuple[str, ...], error: str = "") -> None:
         """Note that the relay has taken the message for all but *waiting*: here the window for a duplicate closes."""
         try:
-            if not waiting:
-                with contextlib.suppress(FileNotFoundError):  # an error may be told of what was done
-                    _insist(os.unlink, self.path)
-            else:
-                try:
-                    self.keep(waiting, error)
-                except OSError:
+            try:
+                self.keep(waiting, error) if waiting else _insist(os.unlink, self.path)
+            except OSError:  # which may be told of what was done
+                if waiting:
                     self.shorten(waiting)
+                elif os.path.lexists(self.path):
+                    raise
         except BaseException:
             self.unwritten = waiting
             raise

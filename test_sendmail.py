@@ -1297,6 +1297,16 @@ def test_text_is_queued_as_utf_8(queue: Maildir) -> None:
     assert queued(queue)[2] == MESSAGE + "Grüße\n".encode()
 
 
+def test_the_parts_of_a_message_object_are_not_changed_either(queue: Maildir) -> None:
+    inner, outer = email.message.MIMEPart(), email.message.EmailMessage()
+    inner.make_mixed()
+    outer.make_mixed()
+    outer.attach(inner)
+    queue.add("app@x.org", ["ann@x.org"], outer)
+    assert inner.get_boundary() is outer.get_boundary() is None
+    assert queued(queue)[2].count(b"boundary=") == 2
+
+
 @pytest.mark.parametrize("kind", [email.message.Message, email.message.EmailMessage])
 def test_a_message_object_is_queued_without_its_bcc_and_is_not_changed(queue: Maildir, kind: Any) -> None:
     message = kind()
