@@ -1127,9 +1127,7 @@ class _Courier(NamedTuple):
         claim.defer(due)
         return self._report(claim, "deferred", replies, due)
 
-    def _report(
-        self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0
-    ) -> Iterator[MailEvent]:
+    def _report(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: int = 0) -> Iterator[MailEvent]:
         return _events(claim, outcome, replies, due, f" relay={self.mailer} delay={claim.age(self.clock()):.1f}")
 
 
