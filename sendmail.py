@@ -73,7 +73,6 @@ import os
 import pwd
 import re
 import select
-import shutil
 import signal
 import smtplib
 import socket
@@ -1741,8 +1740,8 @@ def _table(queue: Maildir) -> Iterator[str]:
 def _fit(line: str) -> str:
     """Return *line*, parts of which others wrote, printable and no wider than the terminal."""
     line = "".join(c if c.isprintable() else "?" for c in line)
-    width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else len(line)
-    return line if len(line) <= width else f"{line[: width - 1]}…"
+    width = os.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 0  # which is unknown
+    return line if not width or len(line) <= width else f"{line[: width - 1]}…"
 
 
 def _show(lines: Iterable[str]) -> None:
