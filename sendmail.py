@@ -196,7 +196,7 @@ _ADDR_SPECS = re.compile(rf"{_ADDR_SPEC.pattern}(?:, *{_ADDR_SPEC.pattern})*")
 _ENHANCED_STATUS = re.compile(r"([245])\.\d{1,3}\.\d{1,3}(?!\S)")  # RFC 2034, RFC 3463
 _FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")  # RFC 5322, 2.2
 _BLANK_LINE = re.compile(rb"(\A|\r\n|\r(?!\n)|\n)(?:\r\n|\r|\n)")
-_FIELD_REST = rb"[ \t]*:((?:[^\r\n]|(?:\r\n|\r|\n)(?=[ \t]))*)"  # with the lines that are folded into it
+_FIELD_REST = rb"[ \t]*:([^\r\n]*(?:(?:\r\n|\r|\n)[ \t][^\r\n]*)*)"  # with the lines that are folded into it
 _BCC = re.compile(rb"(?i)(?<![^\r\n])(?:Resent-)?Bcc" + _FIELD_REST + rb"(?:\r\n|\r|\n|\Z)")
 _ENVELOPE = re.compile(rb"(?i)X-Zope-From:([^\n]*)\nX-Zope-To:([^\n]*)\n(?:X-Sendmail-Error:([^\n]*)\n)?")
 _DUE = re.compile(r",due=\d+\Z")
@@ -218,13 +218,18 @@ def _encodable(text: str, stream: Any) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _parse_addresses(line: bytes | str) -> tuple[str, ...]:
-    """Return the bare addresses in *line*, which may hold display names: zope.sendmail's queues do."""
+def _parse_addresses(line: bytes | str, bare: bool = True) -> tuple[str, ...]:
+    """Return the bare addresses in *line*, which may hold display names: zope.sendmail's queues do.
+
+    What is not *bare* is a header: groups and comments may stand close to an address.
+    """
     text = (line.decode("utf-8", "replace") if isinstance(line, bytes) else line).strip()
-    if _ADDR_SPECS.fullmatch(text):  # getaddresses() would take some of them apart
+    found: list[str] = []
+    if (bare or not re.search("[():;]", text)) and _ADDR_SPECS.fullmatch(text):  # or some were split
         found = _ADDR_SPEC.findall(text)
     else:
-        found = [address for _name, address in email.utils.getaddresses([text], **_LENIENT)]
+        with contextlib.suppress(RecursionError):  # a thousand parentheses
+            found = [address for _name, address in email.utils.getaddresses([text], **_LENIENT)]
     return tuple(dict.fromkeys(filter(None, found)))
 
 
@@ -234,10 +239,15 @@ def _headers_of(message: bytes) -> bytes:
     return (message[: end.end(1)] if end else message) if _FIELD_NAME.match(message) else b""
 
 
+def _fields(headers: bytes, name: bytes) -> Iterator[str]:
+    """Yield the unfolded values of the headers called *name*."""
+    for found in re.finditer(rb"(?i)(?<![^\r\n])" + name + _FIELD_REST, headers):
+        yield " ".join(found[1].decode("utf-8", "replace").split())
+
+
 def _header(headers: bytes, name: bytes) -> str | None:
     """Return the unfolded value of the first header called *name*, None if there is none."""
-    found = re.search(rb"(?i)(?<![^\r\n])" + name + _FIELD_REST, headers)
-    return " ".join(found[1].decode("utf-8", "replace").split()) if found else None
+    return next(_fields(headers, name), None)
 
 
 def _with_header_lines(message: bytes, *lines: str) -> bytes:
@@ -762,17 +772,17 @@ class Maildir:
         for directory in directories:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._path(directory), 0o700)
-                os.chmod(self._path(directory), self._mode)
+                os.chmod(self._path(directory), self._mode | 0o700)
 
     def _write(self, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "", sync: bool = False) -> str:
         """Write a complete file in tmp/, envelope first; return its name."""
         name = _new_name()
-        text = f"X-Zope-From: {fromaddr}\nX-Zope-To: {', '.join(toaddrs)}\n"
+        text = "".join(("X-Zope-From: ", fromaddr, "\nX-Zope-To: ", ", ".join(toaddrs), "\n"))  # format() names an Enum
         if error or message[:17].lower() == b"x-sendmail-error:":  # the message's own would pass for ours
             text += f"X-Sendmail-Error: {error}\n"
         try:
             with open(self._path("tmp", name), "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                os.fchmod(file.fileno(), self._mode & 0o666)
+                os.fchmod(file.fileno(), self._mode & 0o666 | 0o600)
                 file.writelines((text.encode(), message))
                 file.flush()
                 if sync:
@@ -832,7 +842,7 @@ class Maildir:
         with contextlib.suppress(OSError):
             if not os.path.lexists(path):
                 os.mkfifo(path, 0o600)
-                os.chmod(path, self._mode & 0o666)
+                os.chmod(path, self._mode & 0o666 | 0o600)
             fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
             if stat.S_ISFIFO(os.fstat(fd).st_mode):
                 return [fd]
@@ -1572,7 +1582,7 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         raise _Exit(_USAGE, f"{error}; see --help") from None
     ours: dict[str, Any] = {name[2:]: value if _OPTIONS[name[2:]] else True for name, value in pairs if name[1] == "-"}
     theirs = {option + value * (option in ("-o", "-b")): value for option, value in pairs if option[1] != "-"}
-    theirs.update(dict.fromkeys([*runs, *("--" for arg in argv if arg == "--")], ""))
+    theirs.update(dict.fromkeys([*runs, *("--" for arg in argv if arg == "--" and "requeue" not in ours)], ""))
     for name, text in ours.items():
         if kind := _NUMBERS.get(_OPTIONS[name]):
             with contextlib.suppress(ValueError):
@@ -1629,7 +1639,8 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
         print(f"{_ERASE}{len(seen)} of {total}", end="", file=sys.stderr, flush=True)
 
     with contextlib.ExitStack() as undo:
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        main_thread = threading.current_thread() is threading.main_thread()
+        for signum in (signal.SIGTERM, signal.SIGINT) if main_thread else ():
             undo.callback(signal.signal, signum, signal.signal(signum, stop))
         if "interval" in options:
             return processor.run()
@@ -1643,10 +1654,10 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
 
 def _addresses(text: str, domain: str) -> list[str]:
     """Return the addresses in *text*, completed with *domain*; what is none as it is, to be refused."""
-    found = _parse_addresses(text) if not re.search(r"[\0-\x1f]", text) else ()
-    for local in (address for address in found if "@" not in address):
-        if not re.search(rf"(?:\A|[,:<)])\s*{re.escape(local)}\s*(?:[,;>(]|\Z)", text):  # the first of several words
-            return [text]
+    found = _parse_addresses(text, bare=False) if not re.search(r"[\0-\x1f]", text) else ()
+    words = set(map(str.strip, re.split("[,:;<>()]", text)))
+    if any("@" not in address and address not in words for address in found):  # the first of several words
+        return [text]
     return [address if "@" in address else f"{address}@{domain}" for address in found] or [text]
 
 
@@ -1673,16 +1684,16 @@ def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str]
     if message.startswith(b"From "):  # of an mbox
         message = message.partition(b"\n")[2]
     headers = _headers_of(message)
-    fields = email.message_from_string(headers.decode("utf-8", "replace"))
     if "-t" in flags:
-        names = [name for name in ("Resent-To", "Resent-Cc", "Resent-Bcc") if name in fields] or ["To", "Cc", "Bcc"]
-        for value in [" ".join(value.split()) for name in names for value in fields.get_all(name, [])]:
-            if _parse_addresses(value) or value.rstrip(" ;,:") == value != "":  # or else an empty group
+        resent = list(_fields(headers, b"Resent-(?:To|Cc|Bcc)"))
+        for value in resent or [value for name in (b"To", b"Cc", b"Bcc") for value in _fields(headers, name)]:
+            if _parse_addresses(value, bare=False) or value.rstrip(" ;,:") == value != "":  # or else an empty group
                 recipients += _addresses(value, domain)
     message = _BCC.sub(b"", headers) + message[len(headers) :]
-    if "From" not in fields:
-        author = email.utils.formataddr((_printable(flags.get("-F", "")), sender or f"MAILER-DAEMON@{domain}"))
-        message = _with_header_lines(message, f"From: {author}")
+    if _header(headers, b"From") is None:
+        author = sender or f"MAILER-DAEMON@{domain}"
+        name = email.utils.formataddr((_printable(flags.get("-F", "")), ""))[:-2]  # it takes ASCII addresses alone
+        message = _with_header_lines(message, f"From: {name}<{author}>" if name else f"From: {author}")
     queue.add(sender, recipients, message)
 
 
@@ -1716,7 +1727,7 @@ def _entries(queue: Maildir) -> Iterator[dict[str, Any]]:
                 entry.update(sender=claim.fromaddr, recipients=claim.toaddrs, error=claim.error)
         except FileNotFoundError:  # gone by now
             continue
-        except (OSError, _NoEnvelope) as error:
+        except Exception as error:  # no message can stop the listing
             entry["error"] = _reason(error)
         yield entry
 

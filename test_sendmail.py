@@ -19,6 +19,7 @@ import datetime
 import email
 import email.message
 import email.policy
+import enum
 import errno
 import fcntl
 import gc
@@ -1927,6 +1928,15 @@ def test_a_password_that_cannot_be_sent_is_an_outage_and_is_not_shown(scripted, 
     assert not re.search("geh|é|xe9|im$", str(caught.value))
 
 
+def test_an_envelope_too_nested_to_be_read_is_none(queue: Maildir, relay: Relay, run: Any) -> None:
+    text = b"X-Zope-From: app@x.org\nX-Zope-To: " + b"(" * 5000 + b"\n" + MESSAGE
+    pathlib.Path(queue.path, "new", "1.M1P1Q1.host").write_bytes(text)
+    status, listed, _errors = run("--maildir", queue.path, "--list", "--json")
+    assert (status, json.loads(listed)["error"]) == (0, "no readable envelope")
+    assert QueueProcessorThread(queue, relay.mailer()).process().failed == 1 and content(queue) == [text]
+    assert run("--maildir", queue.path, "-t", stdin=b"To: " + b"(" * 5000 + b"\n\n")[0] == 65
+
+
 @pytest.mark.parametrize("evil", [character for character in HOSTILE if not character.isspace()], ids=ascii)
 @pytest.mark.parametrize("line", ["X-Zope-From: a{}b@x.org\nX-Zope-To: ann@x.org\n",
                                   "X-Zope-From: app@x.org\nX-Zope-To: ann@x.org, a{}b@x.org\n"])
@@ -2442,6 +2452,30 @@ def test_guarantee_7_a_directory_that_is_no_queue_is_refused_untouched(tmp_path:
     with pytest.raises(ValueError, match="not a Maildir"):
         Maildir(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_sender_that_is_a_member_of_an_enumeration_goes_by_its_value(queue: Maildir) -> None:
+    class Address(str, enum.Enum):
+        APP = "app@x.org"
+        ANN = "ann@x.org"
+
+    queue.add(Address.APP, [Address.ANN], MESSAGE)
+    assert queued(queue)[:2] == ("app@x.org", ["ann@x.org"])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="two users are needed, and only root can be them")
+def test_what_a_queue_holds_can_be_claimed_by_its_owner_whatever_its_own_rights() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        root = pathlib.Path(directory, "queue")
+        root.mkdir()
+        for name in ("tmp", "new", "cur"):
+            (root / name).mkdir()
+        for path in (*root.iterdir(), root):
+            os.chown(path, 4001, 4001)
+        root.chmod(0o550)
+        forked(lambda: (os.setuid(4001), Maildir(root).add("app@x.org", "ann@x.org", MESSAGE)))
+        assert [oct(file.stat().st_mode) for file in (root / "new").iterdir()] == ["0o100640"]
 
 
 def test_a_queue_stays_where_it_is_when_the_process_changes_its_directory(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
@@ -4599,6 +4633,44 @@ def test_wrong_usage_is_neither_a_pass_nor_an_injection(run, queue, relay, argum
     assert (state(queue), relay.sessions) == (before, 0)
 
 
+@pytest.mark.parametrize(("header", "recipients"), [
+    ("To: friends:a@x.org, d@x.org;", ["a@x.org", "d@x.org"]), ("To: a@x.org;", ["a@x.org"]),
+    ("To: a@x.org(Ann)", ["a@x.org"]), ("To: (Ann)a@x.org", ["a@x.org"]), ("To: a@[IPv6:::1]", ["a@[IPv6:::1]"]),
+    ('To: "a:b"@x.org, "c;d"@x.org', ['"a:b"@x.org', '"c;d"@x.org']),
+    ("To: a@x.org\nSubject : x\nCc: c@x.org\nBcc : d@x.org", ["a@x.org", "c@x.org", "d@x.org"]),
+    ("To: a@x.org\nno header\nBcc: d@x.org", ["a@x.org", "d@x.org"]), ("To : a@x.org", ["a@x.org"]),
+    ("To: a, b\nCc: (c) d, e@x.org", ["a@here.org", "b@here.org", "d@here.org", "e@x.org"]),
+])
+def test_recipients_are_found_however_a_header_is_spelt(run, queue, header, recipients):
+    message = f"From: me@x.org\n{header}\n\nHello.\n".encode()
+    assert run("--maildir", queue.path, "--domain", "here.org", "-t", stdin=message) == (0, "", "")
+    assert queued(queue)[1] == recipients
+    assert queued(queue)[2].count(b"From:") == 1 and b"d@x.org" not in queued(queue)[2].partition(b"Bcc")[2]
+
+
+@pytest.mark.parametrize(("arguments", "author"), [
+    ("-f jörg@example.com", "jörg@example.com"), ("-f '' --domain bücher.example", "MAILER-DAEMON@bücher.example"),
+    ("-f jörg@example.com -F 'Jörg <>'", "=?utf-8?b?SsO2cmcgPD4=?= <jörg@example.com>"),
+    ("-f eve@example.com -F Eve", "Eve <eve@example.com>"), ("-f eve@example.com", "eve@example.com"),
+])
+def test_a_missing_from_is_added_whoever_it_is(run, queue, arguments, author):
+    assert run("--maildir", queue.path, *shlex.split(arguments), ANN, stdin=b"Subject: x\n\n") == (0, "", "")
+    assert f"From: {author}\n".encode() in queued(queue)[2]
+
+
+def test_a_header_costs_no_multiple_of_its_size(queue):
+    code = """
+from sendmail import main
+sys.stdin = open(sys.argv[2])
+assert main(["--maildir", sys.argv[1], "-t"]) == 0
+print(open("/proc/self/status").read())
+"""
+    long = pathlib.Path(queue.path + ".message")
+    long.write_text(f"To: {ANN}\nBcc: {'b' * 5_000_000}@x.org\nX-Long: {'x ' * 2_500_000}\n\n")
+    ran = subprocess.run(python_command(code, queue.path, long), capture_output=True, timeout=60, check=True)
+    assert int(re.search(rb"VmHWM:\s+(\d+) kB", ran.stdout)[1]) < 150_000, "of which Python takes 30 MB"
+
+
 @pytest.mark.parametrize(("headers", "recipients", "kept"), [
     (b"X-Note: a form\rBcc: secret@x.org\nTo: b@x.org\n", ["b@x.org", "secret@x.org"], b"X-Note: a form\rTo: b@x.org\n"),
     (b"To: b@x.org\rBcc: secret@x.org\rSubject: hi\n", ["b@x.org", "secret@x.org"], b"To: b@x.org\rSubject: hi\n"),
@@ -4810,6 +4882,14 @@ def on_terminal(background: Any, *arguments: Any, columns: int = 80, stderr: boo
     return process.wait(60), output.decode()
 
 
+def test_a_file_that_fits_in_no_memory_stops_no_listing(run, queue):
+    with open(f"{queue.path}/new/1.M1P1Q1.host", "wb") as file:
+        file.truncate(1 << 42)
+    queue.add("app@example.com", ANN, MESSAGE)
+    status, listed, _errors = run("--maildir", queue.path, "--list", "--json")
+    assert status == 0 and [json.loads(line)["recipients"] for line in listed.splitlines()] == [[], [ANN]]
+
+
 def test_a_message_that_may_not_be_read_is_listed_with_the_reason(tmp_path):
     queue = Maildir(tmp_path / "queue")
     for number, mode in ((1, 0), (2, 0o600)):
@@ -4845,6 +4925,19 @@ def test_list_fits_the_terminal(background, run, queue, columns):
     assert status == 0
     assert max(map(len, output.splitlines())) <= columns
     assert "recipient49@" in run("--maildir", queue.path, "--list")[1], "nothing is cut off in a pipe"
+
+
+def test_main_makes_a_pass_in_any_thread(queue, relay):
+    queue.add("app@example.com", ANN, MESSAGE)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(sendmail.main, ["--maildir", queue.path, *to_relay(relay)]).result(20) == 0
+    assert (len(relay.received), state(queue)) == (1, {})
+
+
+def test_names_to_requeue_may_stand_after_two_dashes(run, queue):
+    pathlib.Path(queue.path, "new", "-x,due=1").write_bytes(b"X-Zope-From: a@x.org\nX-Zope-To: b@x.org\n" + MESSAGE)
+    assert run("--maildir", queue.path, "--requeue", "--", "-x,due=1") == (0, "", "")
+    assert "-x,due=1" not in state(queue)["new"]
 
 
 @pytest.mark.parametrize(
