@@ -396,8 +396,10 @@ def _reason(error: Any) -> str:
 
 def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> dict[str, Reply]:
     """Let *mailer* send to one group: whatever it does becomes a reply for each recipient, or `RelayUnavailable`."""
+    raised = True
     try:
         replies: Any = mailer.send(fromaddr, toaddrs, message)
+        raised = False
         replies = replies if isinstance(replies, Mapping) else {}
         ours = any(isinstance(reply, Reply) for reply in replies.values())  # smtplib tells only of those refused
         default = _NO_REPLY if ours else _OK
@@ -413,7 +415,9 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         text = f"{'4.4.2' if isinstance(error, OSError) else '4.3.0'} {_reason(error)}"
         replies, default = {}, Reply(code, getattr(error, "smtp_error", "")).judged() if code else Reply(451, text)
     told = {address: replies.get(address, default) for address in toaddrs}
-    return {address: reply if isinstance(reply, Reply) else Reply(*reply).judged() for address, reply in told.items()}
+    told = {address: reply if isinstance(reply, Reply) else Reply(*reply).judged() for address, reply in told.items()}
+    # smtplib raises on a 2xx, too, where that is not the answer: nothing was taken
+    return {address: r.softened() if raised and r.outcome == "sent" else r for address, r in told.items()}
 
 
 def _ask_in_groups(
@@ -519,6 +523,14 @@ def _answer(smtp: Any, pieces: Iterable[bytes] = (), final: bool = False, go_ahe
     return reply
 
 
+def _unasked(smtp: Any) -> bytes:
+    """Return what the relay says without being asked: it would be taken for the reply to what we say next."""
+    smtp.sock.settimeout(0)
+    with contextlib.suppress(OSError):  # nothing, over TLS; or the end, which shows soon enough
+        return smtp.file.peek()  # type: ignore[no-any-return]
+    return b""
+
+
 class _Kept(threading.local):
     """What a thread keeps of a mailer: the connection, the process that made it, how often the mailer was entered."""
     smtp: Any = None
@@ -605,6 +617,8 @@ class SMTPMailer:
         mail, recipients = _mail_command(smtp.esmtp_features, fromaddr, toaddrs, message, replies)
         if not recipients:
             return
+        if unasked := _unasked(smtp):
+            raise _Lost(Reply(451, f"4.5.0 out of step: {_printable(unasked)}"))
         smtp.sock.settimeout(self._timeout)
         commands = [mail, *(b"RCPT TO:<%s>\r\n" % recipient for recipient in recipients.values()), b"DATA\r\n"]
         pipelined = smtp.has_extn("pipelining") and len(recipients) <= _GROUP  # more could fill the buffers both ways
@@ -631,7 +645,8 @@ class SMTPMailer:
             replies.update(dict.fromkeys(accepted, reply.judged()))
         if self._kept.stage == "RCPT" and not refused:
             self._kept.stage = "end"
-            _answer(smtp, [b"RSET\r\n"])
+            if _answer(smtp, [b"RSET\r\n"]).outcome != "sent":  # the next message would be nested in this one
+                raise _Lost(_NO_REPLY)
 
     def _connection(self) -> Any:
         kept = self._kept
@@ -660,9 +675,12 @@ class SMTPMailer:
             smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last piece waits for an ACK
             reply = smtp.ehlo()
             if self._starttls and smtp.has_extn("starttls"):
-                with contextlib.suppress(*() if self._verified else (smtplib.SMTPResponseException,)):  # a refusal
+                try:
                     smtp.starttls(context=self._context)
                     reply = smtp.ehlo()
+                except smtplib.SMTPResponseException as error:
+                    if self._verified or smtp.sock is None or error.smtp_code in (-1, 421):  # more than a refusal
+                        raise
             if reply[0] != 250:
                 raise smtplib.SMTPHeloError(*reply)
             if self._verified and not isinstance(smtp.sock, ssl.SSLSocket):
@@ -689,9 +707,11 @@ class SMTPMailer:
         smtp.user, smtp.password = self._username, password
         if mechanism == "XOAUTH2":
             token = f"user={self._username}\1auth=Bearer {password}\1\1"
-            smtp.auth(mechanism, lambda challenge=None: token if challenge is None else "")  # '' fetches the refusal
+            reply = smtp.auth(mechanism, lambda challenge=None: token if challenge is None else "")  # '': the refusal
         else:
-            smtp.auth(mechanism, getattr(smtp, f"auth_{mechanism.lower().replace('-', '_')}"))
+            reply = smtp.auth(mechanism, getattr(smtp, f"auth_{mechanism.lower().replace('-', '_')}"))
+        if reply[0] != 235:  # smtplib takes a 503, too, which would say that we had logged in before
+            raise smtplib.SMTPAuthenticationError(*reply)
 
 
 @dataclasses.dataclass
@@ -1106,7 +1126,7 @@ class _Courier(NamedTuple):
     def settle_unwritten(self, queue: Maildir) -> list[MailEvent]:
         """Write what could not be written before, as far as it can be now; return the events of it."""
         with _Claim.retrying:
-            unwritten = [claim for claim in tuple(_Claim.held) if claim.unwritten is not None]
+            unwritten = [claim for claim in _Claim.held.copy() if claim.unwritten is not None]
             return [event for claim in unwritten if claim.queue.path == queue.path for event in self.deliver(claim)]
 
     def _attempt(self, claim: _Claim) -> Iterator[MailEvent]:
@@ -1393,31 +1413,39 @@ class QueueProcessorThread(threading.Thread):
 
     def run(self) -> None:
         """Make passes until `stop()`."""
-        trigger = self._queue._open_trigger()
         outage_began = None
         try:
-            while True:
-                for fd in (self._bell[0], *trigger):  # before the pass lists: what comes from now on wakes again
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(fd, 1 << 20)
-                if self._stopping:  # if not, the bell, which forks share, was rung by one
-                    break
-                outage = None
+            while not self._stopping:
+                trigger = self._queue._open_trigger()  # anew, for somebody may have replaced it
                 try:
-                    outage = self.process().outage
-                except Exception as error:  # the queue can't be read, for now
-                    _log.error("cannot process %s: %s", self._queue.path, _reason(error))
-                outage_began = (outage_began or self._clock()) if outage else None
-                lasted = self._clock() - outage_began if outage_began else 0.0
-                poll = select.poll()
-                for fd in (self._bell[0], *(() if outage else trigger)):
-                    poll.register(fd, select.POLLIN)
-                seconds = max(self._interval, min(lasted, _OUTAGE_WAIT_MAX))  # doubles while an outage lasts
-                poll.poll(min(1000 * seconds, 1 << 30))
+                    outage = self._try_process()
+                    outage_began = (outage_began or self._clock()) if outage else None
+                    lasted = self._clock() - outage_began if outage_began else 0.0
+                    seconds = max(self._interval, min(lasted, _OUTAGE_WAIT_MAX))  # doubles while an outage lasts
+                    self._wait(seconds, [self._bell[0], *(() if outage else trigger)])
+                finally:
+                    for fd in trigger:
+                        os.close(fd)
         finally:
-            for fd in trigger:
-                os.close(fd)
+            self._queue._wake()  # the others, if this one was woken in their place
             atexit.unregister(self._stop_and_join)
+
+    def _try_process(self) -> RelayUnavailable | None:
+        try:
+            return self.process().outage
+        except Exception as error:  # the queue can't be read, for now
+            _log.error("cannot process %s: %s", self._queue.path, _reason(error))
+            return None
+
+    def _wait(self, seconds: float, fds: Sequence[int]) -> None:
+        """Wait until one of *fds* is written to, and read it: before the next pass lists, so that no mail is missed."""
+        poll = select.poll()
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+        poll.poll(min(1000 * seconds, 1 << 30))
+        for fd in fds:
+            with contextlib.suppress(BlockingIOError):
+                os.read(fd, 1 << 20)
 
     def process(self) -> _Counts:
         """Make one pass; return the number of messages `sent`, `deferred`, `failed` and `left` in the queue.
@@ -1481,7 +1509,7 @@ class QueueProcessorThread(threading.Thread):
             return []
         names = self._queue._names(directory)
         due, waiting, next_due = _schedule(names, now) if directory == "new" else (list(names), 0, now + _BACKOFF_MAX)
-        not_before = {name: when for name, when in self._not_before.items() if now < when <= now + _BACKOFF_MIN}
+        not_before = {name: when for name, when in tuple(self._not_before.items()) if now < when <= now + _BACKOFF_MIN}
         ready, self._not_before = sorted(name for name in due if name not in not_before), not_before
         valid_until = min([next_due, *not_before.values()]) if not ready and now - mtime / 1e9 > 2 else 0.0
         self._listings[directory] = _Listing(mtime, now, valid_until, len(due) + waiting)

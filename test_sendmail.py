@@ -1017,6 +1017,16 @@ def test_a_context_that_verifies_nothing_is_refused_where_it_matters(options: An
 
 
 @pytest.mark.parametrize("error", [
+    smtplib.SMTPDataError(250, b"2.0.0 Ok"), smtplib.SMTPSenderRefused(252, b"2.5.2 perhaps", "app@x.org"),
+    smtplib.SMTPRecipientsRefused({"ann@x.org": (252, b"2.5.2 perhaps")}), smtplib.SMTPResponseException(200, b""),
+])
+def test_an_exception_is_no_success_whatever_its_code(queue: Maildir, error: Exception) -> None:
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    assert QueueProcessorThread(queue, Does(error)).process().deferred == 1
+    assert standing_recipients(queue) == {"new": ["ann@x.org"]}
+
+
+@pytest.mark.parametrize("error", [
     RelayUnavailable("no"), OSError("no route"), smtplib.SMTPServerDisconnected("gone"), ValueError("a bug")])
 def test_a_mailer_that_cannot_be_entered_is_an_outage(queue, events, error):
     class Mailer(Does):
@@ -1035,9 +1045,8 @@ def test_a_mailer_that_cannot_be_entered_is_an_outage(queue, events, error):
 
 @pytest.mark.parametrize("does", [
     {"b@x.org": Reply(250, "2.0.0 Ok"), "c@x.org": Reply(450, "4.2.1 busy"), "d@x.org": Reply(550, "5.1.1 unknown")},
-    smtplib.SMTPRecipientsRefused({"b@x.org": (250, b"2.0.0 Ok"), "c@x.org": (450, b"4.2.1 busy"),
-                                   "d@x.org": (550, b"5.1.1 unknown")}),
-], ids=["returned", "raised"])
+    {"c@x.org": (450, b"4.2.1 busy"), "d@x.org": (550, b"5.1.1 unknown")},
+], ids=["replies", "as smtplib's sendmail"])
 def test_guarantee_1_every_recipient_has_its_own_fate_and_stands_in_a_file_until_it_is_sent(queue, events, does):
     queue.add("app@x.org", ["b@x.org", "c@x.org", "d@x.org"], MESSAGE)
     assert standing_recipients(queue) == {"new": ["b@x.org", "c@x.org", "d@x.org"]}
@@ -1860,6 +1869,21 @@ def auth_dialogue(offered: str, verdict: str = "235 2.7.0 Ok", **answers: Any) -
     return answering(f"AUTH {offered}", AUTH=auth, **answers)
 
 
+def test_a_503_to_auth_is_no_login(scripted):
+    server = scripted(auth_dialogue("PLAIN", "503 5.5.1 authentication not enabled"))
+    with pytest.raises(RelayUnavailable, match="not enabled"):
+        smtp_send(server, username="ann", password="secret", no_tls=True)
+    assert "MAIL" not in verbs(server.connections[0])
+
+
+@pytest.mark.parametrize("answer", ["421 4.3.2 going down", "hello", "500 " + 9000 * "x"])
+def test_after_an_answer_to_starttls_that_is_more_than_a_refusal_nothing_is_sent(scripted, answer):
+    server = scripted(answering("STARTTLS", STARTTLS=answer))
+    with pytest.raises(RelayUnavailable):
+        smtp_send(server)
+    assert verbs(server.connections[0])[:2] == ["EHLO", "STARTTLS"] and "MAIL" not in verbs(server.connections[0])
+
+
 @pytest.mark.parametrize(("offered", "auth", "chosen"), [
     ("PLAIN", None, "PLAIN"), ("LOGIN", None, "LOGIN"), ("LOGIN PLAIN", None, "PLAIN"),
     ("LOGIN XOAUTH2 PLAIN CRAM-MD5 DIGEST-MD5", None, "CRAM-MD5"), ("login plain", None, "PLAIN"),
@@ -2350,6 +2374,32 @@ def test_postfix_takes_refuses_and_defers_recipient_by_recipient(queue, events, 
     [received] = postfix.arrived(1)
     assert (received.sender, received.recipients) == ("a@x.org", ["b@x.org"])
     assert received.content.endswith(crlf(MESSAGE))
+
+
+@pytest.mark.parametrize("extensions", [[], ["PIPELINING"]])
+def test_a_reply_too_many_is_not_taken_for_that_to_the_next_message(scripted, extensions):
+    def rcpt(line: str, _connection: Any) -> str:
+        return "550 5.1.1 unknown" if "bad@" in line else "250 2.1.5 Ok"
+
+    server = scripted(answering(*extensions, RCPT=rcpt, end="250 2.0.0 queued\n250 2.0.0 and again"))
+    with server.mailer() as mailer:
+        for _ in range(3):
+            replies = mailer.send("a@x.org", ["good@x.org", "bad@x.org"], MESSAGE)
+            assert {address: reply.code for address, reply in replies.items()} == {"good@x.org": 250, "bad@x.org": 550}
+    assert [len(connection.messages) for connection in server.connections] == [1, 1, 1]
+
+
+def test_where_rset_is_refused_the_next_message_has_a_connection_of_its_own(scripted):
+    def mail(_line: str, connection: Any) -> str:
+        return "250 2.1.0 Ok" if verbs(connection).count("MAIL") == 1 else "503 5.5.1 nested"
+
+    def rcpt(line: str, _connection: Any) -> str:
+        return "550 5.1.1 unknown" if "bad@" in line else "250 2.1.5 Ok"
+
+    server = scripted(answering(MAIL=mail, RCPT=rcpt, RSET="502 5.5.1 what?"))
+    with server.mailer() as mailer:
+        codes = [mailer.send("a@x.org", [to], MESSAGE)[to].code for to in ("bad@x.org", "good@x.org")]
+    assert codes == [550, 250] and len(server.connections) == 2
 
 
 def test_after_a_message_that_nobody_got_the_next_one_is_taken_over_the_same_connection(relay, postfix):
@@ -2852,6 +2902,31 @@ def test_no_file_is_opened_in_a_way_that_follows_a_link(bench: Bench) -> None:
     opened = [text for call, text in run.calls if call == "openat" and f"{root}/" in text.partition(",")[2]]
     assert len(opened) > 10
     assert [text for text in opened if not re.search("O_NOFOLLOW|O_EXCL|O_DIRECTORY", text)] == []
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_trigger_that_was_removed_makes_a_processor_deaf_for_one_pass_alone(
+    queue: Maildir, relay: Relay, made_again: bool
+) -> None:
+    processor = QueueProcessorThread(queue, relay.mailer(), 3600)
+    with running(processor) as passes:
+        wait_until(lambda: passes)
+        os.unlink(f"{queue.path}/trigger")
+        if made_again:
+            os.mkfifo(f"{queue.path}/trigger")
+        os.write(processor._bell[1], b"\0")  # the interval is over
+        wait_until(lambda: len(passes) == 2)
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+        wait_until(lambda: relay.received)
+
+
+def test_a_processor_that_stops_leaves_a_wake_up_to_the_others(queue: Maildir, relay: Relay) -> None:
+    [trigger] = queue._open_trigger()
+    processor = QueueProcessorThread(queue, relay.mailer(), 3600)
+    processor.stop()
+    processor.run()
+    assert os.read(trigger, 10) == b"\0"
+    os.close(trigger)
 
 
 def test_the_trigger_is_opened_through_no_link(queue: Maildir, tmp_path: pathlib.Path) -> None:
