@@ -2210,7 +2210,9 @@ def test_each_thread_has_a_connection_of_its_own(scripted):
 
 def forked(work: Callable[[], Any]) -> None:
     """Do *work* in a forked child."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork in a process with threads, since Python 3.12
+        pid = os.fork()
     if pid == 0:
         try:
             work()
@@ -2220,7 +2222,6 @@ def forked(work: Callable[[], Any]) -> None:
     assert os.waitpid(pid, 0)[1] == 0
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a fork in a process with threads, since Python 3.12
 def test_a_fork_does_not_inherit_the_connection(scripted):
     server = scripted(answering())
     with server.mailer() as mailer:
@@ -2230,7 +2231,6 @@ def test_a_fork_does_not_inherit_the_connection(scripted):
     assert [connection.messages for connection in server.connections] == [[b"1\r\n", b"3\r\n"], [b"2\r\n"]]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_that_leaves_the_context_does_not_end_its_parents_dialogue(scripted):
     server = scripted(answering())
     with server.mailer() as mailer:
@@ -4264,7 +4264,6 @@ def test_during_an_outage_nothing_wakes_a_processor(queue: Maildir) -> None:
     assert [counts.left for counts in passes] == [1]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a fork in a process with threads, since Python 3.12
 def test_a_fork_waits_for_no_lock_that_a_thread_of_its_parent_held(queue: Maildir) -> None:
     held, forked_by_now = threading.Event(), threading.Event()
 
