@@ -50,6 +50,7 @@ import tempfile
 import termios
 import threading
 import time
+import warnings
 import types
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
