@@ -50,8 +50,8 @@ import tempfile
 import termios
 import threading
 import time
-import warnings
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
