@@ -41,7 +41,7 @@ Guarantees
     4. commit() returning means durable: the file fsynced before its rename, the directory after it (if that last fsync
        fails, the log says so).
     5. A changed list of recipients replaces the file atomically, before the message is let go of; once the relay has
-       taken it for some, the file without those is the first thing written (in place, where another can't be).
+       taken it for some, the file without those is the first thing written (in place, where no other file can be).
     6. A process that dies causes a duplicate only between the relay's final reply and the unlink (or replacement) that
        follows it; nothing else, no event, no logging, no QUIT, stands between the two.
     7. A queue whose creation was cut short is completed; a directory that is no Maildir is refused, untouched.
@@ -101,7 +101,7 @@ __version__ = "1.0"
 _BACKOFF_MIN, _BACKOFF_MAX = 60.0, 3600.0  # seconds to the next try of a deferred message
 _MAX_AGE = 5 * 86400.0  # seconds; an older message is given up instead of deferred
 _LITTER_AGE = 36 * 3600.0  # seconds (Maildir's rule for tmp/)
-_OUTAGE_WAIT_MAX = 60.0  # seconds between two passes
+_OUTAGE_WAIT_MAX = 60.0  # seconds between two passes, while the relay is unavailable
 _FINAL_REPLY_TIMEOUT = 600.0  # seconds (RFC 5321, 4.5.3.2.6)
 _GROUP = 100  # recipients at a time (RFC 5321, 4.5.3.1.8)
 _PIECE = 32_000  # bytes of a message; under 64 KB with dots stuffed and line ends made CRLF
@@ -137,7 +137,7 @@ class MailDeferredEvent(MailEvent):
 
 @dataclasses.dataclass(frozen=True)
 class MailErrorEvent(MailEvent):
-    """Given up; `delivery_status` is that of RFC 3463, such as `5.1.1`."""
+    """Given up; `delivery_status`: see RFC 3463, such as `5.1.1`.  A file without envelope has no id, no recipients."""
     error_message: str
     delivery_status: str
 
@@ -149,7 +149,7 @@ _handlers: list[Callable[[Any], object]] = []
 def subscribe(handler: _Handler) -> _Handler:
     """Call *handler* with every event of this process, in the order of subscription; return it (a decorator, then).
 
-    A handler runs after the commit that it tells of, in a new transaction (of `transaction.manager`) of its own: begun
+    A handler runs after any commit that it tells of, and always in a new transaction (of `transaction.manager`): begun
     before it, committed after it, aborted if it raises.  One that raises is logged, and hurts nobody.
     """
     _handlers.append(handler)
@@ -221,16 +221,14 @@ def _encodable(text: str, stream: Any) -> str:
 def _parse_addresses(line: bytes | str, bare: bool = True) -> tuple[str, ...]:
     """Return the bare addresses in *line*, which may hold display names: zope.sendmail's queues do.
 
-    What is not *bare* is a header: groups and comments may stand close to an address.
+    Not *bare* is for the value of a header: there groups and comments may touch an address.
     """
     text = (line.decode("utf-8", "replace") if isinstance(line, bytes) else line).strip()
-    found: list[str] = []
-    if (bare or not re.search("[():;]", text)) and _ADDR_SPECS.fullmatch(text):  # or some were split
-        found = _ADDR_SPEC.findall(text)
-    else:
-        with contextlib.suppress(RecursionError):  # a thousand parentheses
-            found = [address for _name, address in email.utils.getaddresses([text], **_LENIENT)]
-    return tuple(dict.fromkeys(filter(None, found)))
+    if (bare or not re.search("[():;]", text)) and _ADDR_SPECS.fullmatch(text):  # getaddresses splits some
+        return tuple(dict.fromkeys(_ADDR_SPEC.findall(text)))
+    with contextlib.suppress(RecursionError):  # a thousand parentheses
+        return tuple(dict.fromkeys(address for _, address in email.utils.getaddresses([text], **_LENIENT) if address))
+    return ()
 
 
 def _headers_of(message: bytes) -> bytes:
@@ -240,14 +238,9 @@ def _headers_of(message: bytes) -> bytes:
 
 
 def _fields(headers: bytes, name: bytes) -> Iterator[str]:
-    """Yield the unfolded values of the headers called *name*."""
+    """Yield the unfolded values of the headers called *name*, a regular expression."""
     for found in re.finditer(rb"(?i)(?<![^\r\n])" + name + _FIELD_REST, headers):
         yield " ".join(found[1].decode("utf-8", "replace").split())
-
-
-def _header(headers: bytes, name: bytes) -> str | None:
-    """Return the unfolded value of the first header called *name*, None if there is none."""
-    return next(_fields(headers, name), None)
 
 
 def _with_header_lines(message: bytes, *lines: str) -> bytes:
@@ -278,17 +271,17 @@ def _prepare(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> 
             raise ValueError(f"not an address (local@domain, without a display name): {_printable(address)!r}")
     content = _serialise(message, (fromaddr, *recipients))
     headers = _headers_of(content)
-    found, dated = _header(headers, b"Message-Id"), _header(headers, b"Date") is not None
+    found, date = (next(_fields(headers, name), None) for name in (b"Message-Id", b"Date"))
     message_id = email.utils.make_msgid(domain=socket.gethostname()) if found is None else found
     if not (message_id.isprintable() and re.fullmatch(r"<[^<>\s]+>", message_id)):
         raise ValueError(f"malformed Message-Id, not <left@right>: {_printable(message_id)!r}")
     added = [] if found else [f"Message-Id: {message_id}"]
-    added += [] if dated else [f"Date: {email.utils.formatdate(localtime=True)}"]
-    return message_id[1:-1], recipients, _with_header_lines(content, *added) if added else content
+    added += [] if date is not None else [f"Date: {email.utils.formatdate(localtime=True)}"]
+    return message_id[1:-1], recipients, _with_header_lines(content, *added)
 
 
 def _new_name() -> str:
-    """Return a file name, unique for ever (Maildir's rule), in whose order messages arrive."""
+    """Return a file name, unique for ever (Maildir's rule); sorted, names are in order of arrival."""
     seconds, micros = divmod(time.time_ns() // 1000, 1_000_000)
     unique = f"{next(_counter)}R{os.urandom(4).hex()}"  # R: containers may share host name and pid
     host = socket.gethostname().replace("/", r"\057").replace(":", r"\072").replace(",", r"\054")
@@ -349,7 +342,7 @@ class Reply:
 
     @property
     def status(self) -> str:
-        """The enhanced status code (RFC 3463) in the text; where there is none, one that says as much as the code."""
+        """The enhanced status code (RFC 3463) in the text; if that has none of its class, what the code says."""
         digit, found = {"sent": "2", "failed": "5"}.get(self.outcome, "4"), _ENHANCED_STATUS.match(self.text)
         return found[0] if found and found[1] == digit else f"{digit}.0.0"
 
@@ -358,7 +351,7 @@ class Reply:
         return Reply(self.code - 100 if self.outcome == "failed" else 451, f"4{self.status[1:]} {self}")
 
     def judged(self) -> Reply:
-        """Return what this means after MAIL, for the message: a 53x, or what is no reply at all, is 'try later'."""
+        """Return what this means after MAIL, for the message: a 530 or its like, or what is no reply: 'try later'."""
         known = 200 <= self.code < 300 or 400 <= self.code < 600
         return self if known and self.code not in _LOGIN_WANTED else self.softened()
 
@@ -401,8 +394,7 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         replies: Any = mailer.send(fromaddr, toaddrs, message)
         raised = False
         replies = replies if isinstance(replies, Mapping) else {}
-        ours = any(isinstance(reply, Reply) for reply in replies.values())  # smtplib tells only of those refused
-        default = _NO_REPLY if ours else _OK
+        default = _NO_REPLY if any(isinstance(r, Reply) for r in replies.values()) else _OK  # smtplib's: the refused
     except RelayUnavailable:
         raise
     except smtplib.SMTPRecipientsRefused as error:
@@ -416,7 +408,7 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         replies, default = {}, Reply(code, getattr(error, "smtp_error", "")).judged() if code else Reply(451, text)
     told = {address: replies.get(address, default) for address in toaddrs}
     told = {address: reply if isinstance(reply, Reply) else Reply(*reply).judged() for address, reply in told.items()}
-    # smtplib raises on a 2xx, too, where that is not the answer: nothing was taken
+    # smtplib raises on a 2xx, too, where it wanted another answer: nothing was taken
     return {address: r.softened() if raised and r.outcome == "sent" else r for address, r in told.items()}
 
 
@@ -523,14 +515,6 @@ def _answer(smtp: Any, pieces: Iterable[bytes] = (), final: bool = False, go_ahe
     return reply
 
 
-def _unasked(smtp: Any) -> bytes:
-    """Return what the relay says without being asked: it would be taken for the reply to what we say next."""
-    smtp.sock.settimeout(0)
-    with contextlib.suppress(OSError):  # nothing, over TLS; or the end, which shows soon enough
-        return smtp.file.peek()  # type: ignore[no-any-return]
-    return b""
-
-
 class _Kept(threading.local):
     """What a thread keeps of a mailer: the connection, the process that made it, how often the mailer was entered."""
     smtp: Any = None
@@ -546,7 +530,7 @@ class SMTPMailer:
     wherever TLS is required or a password is sent, and no password crosses another connection, unless *no_tls*.
     *password* is a string, or a callable that is asked at every login; *auth* is the one mechanism to use (CRAM-MD5,
     PLAIN, LOGIN, XOAUTH2), by default the relay's best of the first three.  *timeout* is in seconds, for each step;
-    the reply to the data has ten minutes.  Raise `ValueError` for what contradicts itself.
+    the reply to the data has ten minutes.  Raise `ValueError` for what is wrong or contradicts itself.
     """
 
     def __init__(
@@ -579,8 +563,12 @@ class SMTPMailer:
 
     def __enter__(self) -> SMTPMailer:
         """Connect, unless this thread is connected.  May raise `RelayUnavailable`."""
-        self._connection()
-        self._kept.depth += 1
+        kept = self._kept
+        if kept.pid != os.getpid():  # a fork has no part in its parent's dialogue
+            self._disconnect()
+        if kept.smtp is None:
+            kept.smtp, kept.pid = self._connect(), os.getpid()
+        kept.depth += 1
         return self
 
     def __exit__(self, *_exc_info: object) -> None:
@@ -589,14 +577,14 @@ class SMTPMailer:
             self._disconnect(b"QUIT\r\n")
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> dict[str, Reply]:
-        """Send *message*; return a `Reply` for each of *toaddrs*.  May raise `RelayUnavailable`."""
+        """Send *message*; return a `Reply` for each of *toaddrs*.  May raise `RelayUnavailable`, `ValueError`."""
         if not "".join((fromaddr, *toaddrs)).isprintable():
             raise ValueError("an address holds control characters")
         kept, replies = self._kept, dict[str, Reply]()
         reused = kept.smtp is not None and kept.pid == os.getpid()  # the relay may have dropped it meanwhile
         with self:
             try:
-                self._transact(kept.smtp, fromaddr, toaddrs, message, replies)
+                self._transact(fromaddr, toaddrs, message, replies)
                 return replies
             except BaseException as error:
                 self._disconnect()
@@ -609,16 +597,16 @@ class SMTPMailer:
                 raise RelayUnavailable(f"{self}: {lost}")
             return {a: replies[a] if a in replies and replies[a].outcome != "sent" else lost for a in toaddrs}
 
-    def _transact(
-        self, smtp: Any, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply]
-    ) -> None:
+    def _transact(self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply]) -> None:
         """Do one mail transaction (RFC 5321, 3.3), filling *replies*.  May raise `_Lost` and `RelayUnavailable`."""
-        self._kept.stage = "MAIL"
+        smtp, self._kept.stage = self._kept.smtp, "MAIL"
         mail, recipients = _mail_command(smtp.esmtp_features, fromaddr, toaddrs, message, replies)
         if not recipients:
             return
-        if unasked := _unasked(smtp):
-            raise _Lost(Reply(451, f"4.5.0 out of step: {_printable(unasked)}"))
+        smtp.sock.settimeout(0)
+        with contextlib.suppress(OSError):  # nothing, over TLS; or the end, which shows soon enough
+            if unasked := smtp.file.peek():  # it would be taken for the reply to what we say next
+                raise _Lost(Reply(451, f"4.5.0 out of step: {_printable(unasked)}"))
         smtp.sock.settimeout(self._timeout)
         commands = [mail, *(b"RCPT TO:<%s>\r\n" % recipient for recipient in recipients.values()), b"DATA\r\n"]
         pipelined = smtp.has_extn("pipelining") and len(recipients) <= _GROUP  # more could fill the buffers both ways
@@ -647,14 +635,6 @@ class SMTPMailer:
             self._kept.stage = "end"
             if _answer(smtp, [b"RSET\r\n"]).outcome != "sent":  # the next message would be nested in this one
                 raise _Lost(_NO_REPLY)
-
-    def _connection(self) -> Any:
-        kept = self._kept
-        if kept.pid != os.getpid():  # a fork has no part in its parent's dialogue
-            self._disconnect()
-        if kept.smtp is None:
-            kept.smtp, kept.pid = self._connect(), os.getpid()
-        return kept.smtp
 
     def _disconnect(self, last_word: bytes = b"") -> None:
         """Close the connection; the reply to a QUIT is nobody's business, and a QUIT none of a fork's."""
@@ -705,27 +685,22 @@ class SMTPMailer:
         if not f"{self._username}{password}".isascii():  # smtplib's error would show a part of it
             raise RelayUnavailable("username and password must be ASCII")
         smtp.user, smtp.password = self._username, password
-        if mechanism == "XOAUTH2":
-            token = f"user={self._username}\1auth=Bearer {password}\1\1"
-            reply = smtp.auth(mechanism, lambda challenge=None: token if challenge is None else "")  # '': the refusal
-        else:
-            reply = smtp.auth(mechanism, getattr(smtp, f"auth_{mechanism.lower().replace('-', '_')}"))
+        method = f"auth_{mechanism.lower().replace('-', '_')}"  # smtplib has none for XOAUTH2
+        token = f"user={self._username}\1auth=Bearer {password}\1\1"  # and '' acknowledges its refusal
+        reply = smtp.auth(mechanism, getattr(smtp, method, lambda challenge=None: token if challenge is None else ""))
         if reply[0] != 235:  # smtplib takes a 503, too, which would say that we had logged in before
             raise smtplib.SMTPAuthenticationError(*reply)
 
 
 @dataclasses.dataclass
 class StreamMailer:
-    """Print instead of sending, on *stream* (None: standard output): for a first try, and for development.
-
-    What is printed counts as sent.
-    """
+    """Print, which counts as sent, on *stream* (None: standard output): for a first try, and for development."""
     stream: TextIO | None = None
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> None:
         """Print envelope and message.  Raise `RelayUnavailable` if the stream does not take them."""
         body = message.decode("utf-8", "replace").replace("\r\n", "\n").rstrip()
-        stream: Any = self.stream or sys.stdout  # None: closed
+        stream: Any = self.stream or sys.stdout  # which is None where it is closed
         try:
             text = f"MAIL FROM:<{fromaddr}> RCPT TO:<{'>,<'.join(toaddrs)}>\n{body}\n\n"
             stream.write(_encodable(text, stream))
@@ -797,7 +772,7 @@ class Maildir:
     def _write(self, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "", sync: bool = False) -> str:
         """Write a complete file in tmp/, envelope first; return its name."""
         name = _new_name()
-        text = "".join(("X-Zope-From: ", fromaddr, "\nX-Zope-To: ", ", ".join(toaddrs), "\n"))  # format() names an Enum
+        text = "".join(("X-Zope-From: ", fromaddr, "\nX-Zope-To: ", ", ".join(toaddrs), "\n"))  # of an Enum, the value
         if error or message[:17].lower() == b"x-sendmail-error:":  # the message's own would pass for ours
             text += f"X-Sendmail-Error: {error}\n"
         try:
@@ -821,10 +796,9 @@ class Maildir:
         """Make files in tmp/ durable, side by side where there are many: a disk takes many fsyncs together."""
         paths = [self._path("tmp", name) for name in names]
         if len(paths) > 3:
-            with contextlib.suppress(RuntimeError):  # no more threads, as at interpreter exit
-                with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-                    list(pool.map(lambda share: _fsync(*share), [paths[i::_AT_ONCE] for i in range(_AT_ONCE)]))
-                return
+            with contextlib.suppress(RuntimeError), concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+                list(pool.map(lambda share: _fsync(*share), [paths[i::_AT_ONCE] for i in range(_AT_ONCE)]))
+                return  # or else there are no more threads, as at interpreter exit
         _fsync(*paths)
 
     def _publish(self, names: Iterable[str], directory: str = "new") -> dict[str, OSError]:
@@ -833,7 +807,7 @@ class Maildir:
         for name in names:
             try:
                 _insist(os.rename, self._path("tmp", name), self._path(directory, name))
-            except OSError as error:  # which may be told of what was done
+            except OSError as error:  # NFS may say so of what it has done
                 if not os.path.isfile(self._path(directory, name)):
                     failures[name] = error
         try:
@@ -857,7 +831,7 @@ class Maildir:
                     trigger.write(b"\0")
 
     def _open_trigger(self) -> list[int]:
-        """Return the FIFO that `_wake` writes to, [] if there is none; both its ends, or it would be at its end."""
+        """Return the FIFO that `_wake` writes to, both ends open (or it would read as ended); [] if there is none."""
         path = self._path("trigger")
         with contextlib.suppress(OSError):
             if not os.path.lexists(path):
@@ -869,8 +843,8 @@ class Maildir:
             os.close(fd)
         return []
 
-    def _lock(self, directory: str, name: str) -> _Claim | None:
-        """Lock a message.  None: it is gone, or a living process holds it; `OSError`: no message, or trouble."""
+    def _lock(self, directory: str, name: str, to: str = "") -> _Claim | None:
+        """Lock a message, and move it *to*.  None: it is gone, or a living process holds it; `OSError`: trouble."""
         with contextlib.suppress(FileNotFoundError, BlockingIOError), contextlib.ExitStack() as undo:
             claim = _Claim(self, directory, name)
             undo.callback(claim.close)
@@ -879,20 +853,15 @@ class Maildir:
                 raise OSError("not a regular file")
             fcntl.flock(claim.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(status, os.lstat(claim.path)):  # not moved or replaced before we had the lock
+                if to:
+                    claim.move(to, name)
                 undo.pop_all()
                 return claim
         return None
 
     def _claim(self, name: str) -> _Claim | None:
         """Move a message from new/ to cur/, locked.  None and `OSError` as in `_lock`."""
-        claim = self._lock("new", name)
-        if claim:
-            try:
-                claim.move("cur", name)
-            except BaseException:
-                claim.close()
-                raise
-        return claim
+        return self._lock("new", name, "cur")
 
     def _failed(self) -> str:
         """Return the directory for what is given up, in a Maildir++ folder, made if need be."""
@@ -918,8 +887,8 @@ class _NoEnvelope(Exception):
 
 
 class _Claim:
-    """A message that nobody else may send, move or unlink, for as long as this holds the lock on it."""
-    held: ClassVar[set[_Claim]] = set()  # by this process
+    """An open message; once it is locked (`Maildir._lock`), nobody else may send, move or unlink it."""
+    held: ClassVar[set[_Claim]] = set()  # open in this process
     retrying = threading.RLock()  # for what is unwritten, which belongs to no thread
     fromaddr = error = message_id = ""
     message = b""
@@ -946,21 +915,19 @@ class _Claim:
         head = os.pread(self.fd, _PIECE, 0)
         if head.count(b"\n") < 3:
             head = os.pread(self.fd, size, 0)
-        found = _ENVELOPE.match(head)
-        toaddrs = _parse_addresses(found[2]) if found else ()
-        fromaddr = "".join(_parse_addresses(found[1])[:1]) if found else ""
-        if not found or not toaddrs or not "".join((fromaddr, *toaddrs)).isprintable():
+        if found := _ENVELOPE.match(head):
+            self.fromaddr, self.toaddrs = "".join(_parse_addresses(found[1])[:1]), _parse_addresses(found[2])
+        if not found or not self.toaddrs or not "".join((self.fromaddr, *self.toaddrs)).isprintable():
             raise _NoEnvelope("no readable envelope")
-        self.fromaddr, self.toaddrs = fromaddr, toaddrs
         self.error = _printable(found[3] or b"")
         start = found.end()  # a large message is read by itself, to be in memory once
         self.message = head[start:] if len(head) == size else os.pread(self.fd, size - start, start)
         if len(self.message) != size - start:  # over 2 GB (read(2))
             raise OSError(f"only {len(self.message)} bytes could be read")
-        self.message_id = _printable(_header(_headers_of(self.message), b"Message-Id") or "").strip("<> ")
+        self.message_id = _printable(next(_fields(_headers_of(self.message), b"Message-Id"), "")).strip("<> ")
 
     def keep(self, toaddrs: tuple[str, ...], error: str) -> None:
-        """Replace the file by one for *toaddrs* alone; that is locked before it is seen, or it looked abandoned."""
+        """Replace the file by one for *toaddrs* alone; that is locked before it is seen, or it would look abandoned."""
         if (toaddrs, error) == (self.toaddrs, self.error):
             return
         name = self.queue._write(self.fromaddr, toaddrs, self.message, error, sync=True)
@@ -970,7 +937,7 @@ class _Claim:
                 raise OSError("cannot lock a new file")
             with contextlib.closing(replacement):
                 os.rename(replacement.path, self.path)
-                self.fd, replacement.fd = replacement.fd, self.fd
+                self.fd, replacement.fd = replacement.fd, self.fd  # the lock goes with it
         except OSError:
             self.queue._discard(name)
             raise
@@ -982,12 +949,12 @@ class _Claim:
         try:
             try:
                 self.keep(waiting, error) if waiting else _insist(os.unlink, self.path)
-            except OSError:  # which may be told of what was done
+            except OSError:  # NFS may say so of what it has done
                 if waiting:
                     self.shorten(waiting)
                 elif os.path.lexists(self.path):
                     raise
-        except BaseException:
+        except BaseException:  # and no earlier, or another thread would settle it meanwhile
             self.unwritten = waiting
             raise
         self.unwritten, self.toaddrs = None, waiting
@@ -1009,7 +976,7 @@ class _Claim:
         self.move("new", self.name)
 
     def let_go(self) -> None:
-        """Release it, if that was not done, and close it; if that fails it is abandoned, which will do."""
+        """Release and close it, unless it is closed or unwritten; if that fails it is abandoned, which will do."""
         if self in self.held and self.unwritten is None:  # a fork holds nothing
             with contextlib.suppress(OSError):
                 self.release()
@@ -1031,7 +998,7 @@ class _Claim:
         self.directory, self.name = directory, name
 
     def close(self) -> None:
-        """Let go of it.  Closing alone would not unlock it while a forked child holds a copy of the descriptor."""
+        """Unlock and close.  Closing alone would not unlock it while a forked child holds a copy of the descriptor."""
         if self in self.held:
             self.held.discard(self)
             with contextlib.suppress(OSError):
@@ -1098,7 +1065,7 @@ class _Courier(NamedTuple):
     def deliver(self, claim: _Claim) -> Iterator[MailEvent]:
         """Yield events, each after the change to the queue that it tells of.  May raise `RelayUnavailable`.
 
-        Whatever else goes wrong is logged, and the message deferred: no message can stop the queue.
+        Else what goes wrong is logged, and the message deferred (without an envelope: given up), or `OSError` raised.
         """
         try:
             if claim.unwritten is None:
@@ -1207,15 +1174,12 @@ class _DataManager:
     def tpc_finish(self, current: Any) -> None:
         """Let the messages go.  Raises no `Exception`, for the databases have committed; what to tell is told later."""
         messages, self.messages = self.messages, []
-        events: list[MailEvent] = []
         try:
             for event in self.delivery._finish(messages) if messages else ():
-                events.append(event)
+                # a hook only where it is needed: it makes `transaction` abort everything once more
+                current.addAfterCommitHook(lambda _committed, event: notify(event), (event,))
         except Exception:  # a bug; the messages are where they are
             _log.critical("in doubt: mail of a committed transaction: %s", messages, exc_info=True)
-        finally:
-            for event in events:  # a hook only where it is needed: it makes `transaction` abort everything once more
-                current.addAfterCommitHook(lambda _committed, event: notify(event), (event,))
 
     def sortKey(self) -> str:
         return f"~~sendmail:{id(self)}"  # after every database's: mail must not be visible before the data
@@ -1283,7 +1247,7 @@ class QueuedMailDelivery(_Delivery):
     """
 
     def __init__(self, queue: _Queue, transaction_manager: Any = None) -> None:
-        super().__init__(queue, transaction_manager)
+        super().__init__(queue if isinstance(queue, Maildir) else os.fspath(queue), transaction_manager)  # no None
 
     def _finish(self, messages: list[_Message]) -> Iterator[MailEvent]:
         yield from super()._finish(messages)
@@ -1306,13 +1270,15 @@ class DirectMailDelivery(_Delivery):
         if self.queue:
             yield from super()._finish(messages)  # first of all, in case this process dies
             yield from _Courier(self._mailer).settle_unwritten(self.queue)
-        claims: list[_Claim | None] = []
+        claims: dict[str, _Claim | None] = {}
         try:
             with _connected(self._mailer):
                 for index, message in enumerate(messages):
-                    if not claims:  # several, before the first of them is sent
-                        claims.extend(map(self._try_claim, messages[index : index + _AT_ONCE]))
-                    for event in self._attempt(message, claims.pop(0)):
+                    several = messages[index : index + _AT_ONCE] if self.queue and index % _AT_ONCE == 0 else []
+                    for name in [other.name for other in several]:  # before the first of them is sent
+                        with contextlib.suppress(OSError):  # a processor has it, or will
+                            claims[name] = self.queue._claim(name)
+                    for event in self._attempt(message, claims.pop(message.name, None)):
                         message.toaddrs = tuple(a for a in message.toaddrs if a not in event.toaddrs)
                         yield event
                     message.toaddrs = ()
@@ -1321,15 +1287,10 @@ class DirectMailDelivery(_Delivery):
             for message in messages:
                 yield from _events(message, outcome, dict.fromkeys(message.toaddrs, reply), time.time())
         finally:
-            for claim in filter(None, claims):
+            for claim in filter(None, claims.values()):
                 claim.let_go()
         if self.queue:
             self.queue._wake()
-
-    def _try_claim(self, message: _Message) -> _Claim | None:
-        with contextlib.suppress(OSError):  # a processor has it, or will
-            return self.queue and self.queue._claim(message.name)  # type: ignore[no-any-return]
-        return None
 
     def _attempt(self, message: _Message, claim: _Claim | None) -> Iterator[MailEvent]:
         """Make the one attempt.  May raise `RelayUnavailable`."""
@@ -1368,7 +1329,7 @@ class _Listing(NamedTuple):
 class QueueProcessorThread(threading.Thread):
     """Send what is due in *queue* (a `Maildir`, or its path) by *mailer*, every *interval* seconds and when woken.
 
-    While the relay is unavailable, it is not woken, and the passes are up to 60 s apart.
+    While the relay is unavailable, mail does not wake it, and the wait grows to 60 s (or *interval*, if longer).
     `start()` makes it a daemon thread, which interpreter exit stops and joins; `run()` does the same in this thread;
     `process()` makes one pass.  A pass takes at most *batch* messages, over *workers* connections.  What a reply would
     defer is given up if it is older than *max_age* seconds; *soft_bounce* defers what the relay refuses for good.
@@ -1396,7 +1357,7 @@ class QueueProcessorThread(threading.Thread):
         self._next_cleaning = 0.0
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread; interpreter exit stops and joins it."""
         atexit.register(self._stop_and_join)
         super().start()
 
@@ -1413,16 +1374,15 @@ class QueueProcessorThread(threading.Thread):
 
     def run(self) -> None:
         """Make passes until `stop()`."""
-        outage_began = None
+        outage_began = float("inf")
         try:
             while not self._stopping:
                 trigger = self._queue._open_trigger()  # anew, for somebody may have replaced it
                 try:
                     outage = self._try_process()
-                    outage_began = (outage_began or self._clock()) if outage else None
-                    lasted = self._clock() - outage_began if outage_began else 0.0
-                    seconds = max(self._interval, min(lasted, _OUTAGE_WAIT_MAX))  # doubles while an outage lasts
-                    self._wait(seconds, [self._bell[0], *(() if outage else trigger)])
+                    outage_began = min(outage_began, self._clock()) if outage else float("inf")
+                    lasted = min(self._clock() - outage_began, _OUTAGE_WAIT_MAX)  # so the wait doubles
+                    self._wait(max(self._interval, lasted), [self._bell[0], *(() if outage else trigger)])
                 finally:
                     for fd in trigger:
                         os.close(fd)
@@ -1460,8 +1420,7 @@ class QueueProcessorThread(threading.Thread):
         released = self._recover(courier)
         due = self._look("new")
         self._suspects.intersection_update(due)
-        due = sorted(due, key=self._suspects.__contains__)[: self._batch]
-        due.reverse()  # for pop()
+        due = sorted(due, key=self._suspects.__contains__)[: self._batch][::-1]  # for pop()
         counts = _Counts(left=sum(listing.size for listing in self._listings.values()) - released)  # now among the new
         try:
             if due and not self._stopping:
@@ -1575,14 +1534,14 @@ usage: python -m sendmail --maildir DIR [option ...]               send what is 
   --no-tls, --force-tls, --implicit-tls    never use TLS, require STARTTLS, speak TLS from the start (port 465)
   --timeout SECONDS     for each step of the dialogue (default: 60); the reply to the data has ten minutes
   --domain DOMAIN       completes addresses without one (default: this host's name)
-  --verbose             a line for every message
+  --verbose             log what was sent or deferred, too
   --help, --version
 
 of sendmail(8): -t takes the recipients from To, Cc and Bcc, besides those given; -i, -oi: a line with only a dot does
 not end the message; -f, -r SENDER: envelope sender (default: you; <> is none); -F NAME: your name, for a missing From
 
-exit status: 0 done, even if messages were deferred or given up; 64 usage; 65 bad message, or no message called NAME;
-73 the queue can't be opened or made; 74 input or output error; 75 relay unavailable; 130 interrupted
+exit status: 0 done, or stopped by a signal, even if messages were deferred or given up; 64 usage; 65 bad message, or no
+message called NAME; 73 the queue can't be opened or made; 74 input or output error; 75 relay unavailable; 130 other ^C
 """
 # what --help says is what there is: the name of each option, and of its value
 _OPTIONS = dict(re.findall(r"--([a-z-]+)(?: ([A-Z]+))?", _HELP))
@@ -1590,7 +1549,6 @@ _NUMBERS = {"SECONDS": float, "DAYS": float, "N": int, "PORT": int}
 _SENDMAIL_OPTIONS = "A:B:C:F:GIL:N:O:R:UV:X:b:ce:f:h:imno:p:r:tv"  # Postfix's; -q is not getopt's kind
 _TIMES, _SIZES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")), ((10**6, "MB"), (1000, "kB"), (1, "B"))
 _ERASE = "\r\x1b[K"  # the line on a terminal
-_USAGE, _DATAERR, _CANTCREAT, _IOERR, _TEMPFAIL = 64, 65, 73, 74, 75  # sysexits(3)
 
 
 class _Exit(Exception):
@@ -1607,7 +1565,7 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         known = [name + "=" * bool(value) for name, value in _OPTIONS.items()]
         pairs, operands = getopt.gnu_getopt(argv, _SENDMAIL_OPTIONS, known)
     except getopt.GetoptError as error:
-        raise _Exit(_USAGE, f"{error}; see --help") from None
+        raise _Exit(os.EX_USAGE, f"{error}; see --help") from None
     ours: dict[str, Any] = {name[2:]: value if _OPTIONS[name[2:]] else True for name, value in pairs if name[1] == "-"}
     theirs = {option + value * (option in ("-o", "-b")): value for option, value in pairs if option[1] != "-"}
     theirs.update(dict.fromkeys([*runs, *("--" for arg in argv if arg == "--" and "requeue" not in ours)], ""))
@@ -1616,15 +1574,15 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
             with contextlib.suppress(ValueError):
                 ours[name] = kind(text)
             if not (isinstance(ours[name], kind) and 0 < ours[name] < 1e9):
-                raise _Exit(_USAGE, f"--{name} takes a positive {kind.__name__}, not {text!r}")
+                raise _Exit(os.EX_USAGE, f"--{name} takes a positive {kind.__name__}, not {text!r}")
     if "-bp" in theirs:
         ours["list"] = theirs.pop("-bp")
     injection = bool(theirs or (operands and "requeue" not in ours))
     modes = sum(name in ours for name in ("list", "requeue")) + injection + ("interval" in ours or "print" in ours)
     if modes > 1 or ("json" in ours and "list" not in ours):
-        raise _Exit(_USAGE, "these options do not go together; see --help")
+        raise _Exit(os.EX_USAGE, "these options do not go together; see --help")
     if any(option.startswith("-b") and option != "-bm" for option in theirs):
-        raise _Exit(_USAGE, "of -b only -bm and -bp are for this program")
+        raise _Exit(os.EX_USAGE, "of -b only -bm and -bp are for this program")
     return ours, theirs, operands
 
 
@@ -1650,7 +1608,7 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
     try:
         mailer = _make_mailer(options)
     except ValueError as error:
-        raise _Exit(_USAGE, str(error)) from None
+        raise _Exit(os.EX_USAGE, str(error)) from None
     processor = QueueProcessorThread(
         queue, mailer, options.get("interval", 3), batch=options.get("batch"), workers=options.get("workers", 1),
         max_age=options.get("max-age", 5) * 86400, soft_bounce="soft-bounce" in options,
@@ -1677,7 +1635,7 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
             undo.callback(print, _ERASE, end="", file=sys.stderr)
             undo.callback(unsubscribe, subscribe(progress))
         if processor.process().outage:  # which the log has told
-            raise _Exit(_TEMPFAIL, "")
+            raise _Exit(os.EX_TEMPFAIL, "")
 
 
 def _addresses(text: str, domain: str) -> list[str]:
@@ -1694,7 +1652,7 @@ def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str]
     domain = options.get("domain") or socket.gethostname()
     recipients = [address for operand in operands for address in _addresses(operand, domain)]
     if not recipients and "-t" not in flags:
-        raise _Exit(_USAGE, "no recipients: name them, or use -t; see --help")
+        raise _Exit(os.EX_USAGE, "no recipients: name them, or use -t; see --help")
     sender = flags.get("-f", flags.get("-r"))
     if sender is None:
         try:
@@ -1708,7 +1666,7 @@ def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str]
             lines = itertools.takewhile(lambda line: line.rstrip(b"\r\n") != b".", lines)
         message = b"".join(lines)
     except (OSError, ValueError, AttributeError) as error:  # closed, in one of three ways
-        raise _Exit(_IOERR, f"cannot read the message from standard input: {_reason(error)}") from None
+        raise _Exit(os.EX_IOERR, f"cannot read the message from standard input: {_reason(error)}") from None
     if message.startswith(b"From "):  # of an mbox
         message = message.partition(b"\n")[2]
     headers = _headers_of(message)
@@ -1718,7 +1676,7 @@ def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str]
             if _parse_addresses(value, bare=False) or value.rstrip(" ;,:") == value != "":  # or else an empty group
                 recipients += _addresses(value, domain)
     message = _BCC.sub(b"", headers) + message[len(headers) :]
-    if _header(headers, b"From") is None:
+    if next(_fields(headers, b"From"), None) is None:
         author = sender or f"MAILER-DAEMON@{domain}"
         name = email.utils.formataddr((_printable(flags.get("-F", "")), ""))[:-2]  # it takes ASCII addresses alone
         message = _with_header_lines(message, f"From: {name}<{author}>" if name else f"From: {author}")
@@ -1779,7 +1737,7 @@ def _table(queue: Maildir) -> Iterator[str]:
 def _fit(line: str) -> str:
     """Return *line*, parts of which others wrote, printable and no wider than the terminal."""
     line = "".join(c if c.isprintable() else "?" for c in line)
-    width = os.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 0  # which is unknown
+    width = os.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 0  # 0: unknown
     return line if not width or len(line) <= width else f"{line[: width - 1]}…"
 
 
@@ -1807,7 +1765,7 @@ def _requeue(queue: Maildir, names: Sequence[str]) -> None:
     if trouble:
         raise trouble
     if missing:
-        raise _Exit(_DATAERR, f"not in the queue, or being sent: {', '.join(sorted(missing))}")
+        raise _Exit(os.EX_DATAERR, f"not in the queue, or being sent: {', '.join(sorted(missing))}")
 
 
 def _run(argv: list[str]) -> None:
@@ -1817,11 +1775,11 @@ def _run(argv: list[str]) -> None:
     _log.setLevel(logging.INFO if "verbose" in options else logging.WARNING)
     path = options.get("maildir") or os.environ.get("SENDMAIL_MAILDIR")
     if not path:
-        raise _Exit(_USAGE, "no queue: name it with --maildir or $SENDMAIL_MAILDIR; see --help")
+        raise _Exit(os.EX_USAGE, "no queue: name it with --maildir or $SENDMAIL_MAILDIR; see --help")
     try:
         queue = Maildir(path, create=not options.keys() & {"list", "requeue"})
     except (OSError, ValueError) as error:
-        raise _Exit(_CANTCREAT, _reason(error)) from None
+        raise _Exit(os.EX_CANTCREAT, _reason(error)) from None
     if "json" in options:
         _show(map(json.dumps, _entries(queue)))
     elif "list" in options:
@@ -1835,7 +1793,7 @@ def _run(argv: list[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line *argv*, by default that of the process; return its exit status, one of sysexits(3)."""
+    """Run the command line *argv*, by default that of the process; return its exit status (see --help)."""
     handler = logging.StreamHandler()
     erase = _ERASE if sys.stderr and sys.stderr.isatty() else ""
     handler.setFormatter(logging.Formatter(f"{erase}sendmail: %(message)s"))
@@ -1849,7 +1807,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 130
     except (OSError, ValueError) as error:
-        status = _IOERR if isinstance(error, OSError) else _DATAERR
+        status = os.EX_IOERR if isinstance(error, OSError) else os.EX_DATAERR
         _log.error(_reason(error))
     try:
         sys.stdout.flush() if sys.stdout else None

@@ -3509,6 +3509,11 @@ def test_a_handler_may_wait_for_a_thread_that_sends(queue, relay, monkeypatch):
     assert alive == [False] and [message.recipients for message in relay.received] == [[ANN], [BOB]]
 
 
+def test_a_queued_delivery_without_a_queue_is_an_error_at_once():
+    with pytest.raises(TypeError):
+        QueuedMailDelivery(None)
+
+
 def test_what_a_fork_aborts_is_still_there_for_the_parent_to_commit(queue):
     QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
     forked(transaction.abort)
