@@ -44,7 +44,8 @@ Guarantees
        taken it for some, the file without those is the first thing written (in place, where no other file can be).
     6. A process that dies causes a duplicate only between the relay's final reply and the unlink (or replacement) that
        follows it; nothing else, no event, no logging, no QUIT, stands between the two.
-    7. A queue whose creation was cut short is completed; a directory that is no Maildir is refused, untouched.
+    7. A queue whose creation was cut short is completed, if nothing else stands in it; a directory that is no Maildir
+       is refused, untouched.
 
 What can't be guaranteed
     Unlinks are not fsynced: a power cut may repeat the last few messages.  Where an unlink (or replacement) fails, the
@@ -98,7 +99,7 @@ __all__ = [
 ]  # fmt: skip
 __version__ = "1.0"
 
-_BACKOFF_MIN, _BACKOFF_MAX = 60.0, 3600.0  # seconds to the next try of a deferred message
+_BACKOFF_MIN, _BACKOFF_MAX = 60.0, 3600.0  # seconds to the next try of a deferred message, or (first) a failed claim
 _MAX_AGE = 5 * 86400.0  # seconds; an older message is given up instead of deferred
 _LITTER_AGE = 36 * 3600.0  # seconds (Maildir's rule for tmp/)
 _OUTAGE_WAIT_MAX = 60.0  # seconds between two passes, while the relay is unavailable
@@ -199,9 +200,7 @@ _BLANK_LINE = re.compile(rb"(\A|\r\n|\r(?!\n)|\n)(?:\r\n|\r|\n)")
 _FIELD_REST = rb"[ \t]*:([^\r\n]*(?:(?:\r\n|\r|\n)[ \t][^\r\n]*)*)"  # with the lines that are folded into it
 _BCC = re.compile(rb"(?i)(?<![^\r\n])(?:Resent-)?Bcc" + _FIELD_REST + rb"(?:\r\n|\r|\n|\Z)")
 _ENVELOPE = re.compile(rb"(?i)X-Zope-From:([^\n]*)\nX-Zope-To:([^\n]*)\n(?:X-Sendmail-Error:([^\n]*)\n)?")
-_DUE = re.compile(r",due=\d+\Z")
 _LENIENT = {"strict": False} if hasattr(email.utils, "supports_strict_parsing") else {}  # one comma is no harm
-_counter = itertools.count()
 
 
 def _printable(text: bytes | str) -> str:
@@ -278,41 +277,6 @@ def _prepare(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> 
     added = [] if found else [f"Message-Id: {message_id}"]
     added += [] if date is not None else [f"Date: {email.utils.formatdate(localtime=True)}"]
     return message_id[1:-1], recipients, _with_header_lines(content, *added)
-
-
-def _new_name() -> str:
-    """Return a file name, unique for ever (Maildir's rule); sorted, names are in order of arrival."""
-    seconds, micros = divmod(time.time_ns() // 1000, 1_000_000)
-    unique = f"{next(_counter)}R{os.urandom(4).hex()}"  # R: containers may share host name and pid
-    host = socket.gethostname().replace("/", r"\057").replace(":", r"\072").replace(",", r"\054")
-    return f"{seconds}.M{micros:06}P{os.getpid()}Q{unique}.{host}"
-
-
-def _age(name: str, file: str | int, now: float) -> float:
-    """Return the seconds since a message arrived, by its name; a foreign name tells nothing, but its *file* does."""
-    seconds = name.partition(".")[0]
-    return now - (float(seconds) if seconds.isdecimal() else os.stat(file).st_mtime)
-
-
-def _schedule(names: Iterable[str], now: float) -> tuple[list[str], int, float]:
-    """Return which of *names* are due at *now*, how many are not, and when to look again.
-
-    One that says more than the longest backoff comes from a wrong clock: it is due.
-    """
-    this_second, latest = f"{int(now):010}", f"{int(now + _BACKOFF_MAX):010}"
-    due, waiting, next_due = list[str](), 0, latest
-    for name in names:
-        when = name[-10:]  # compared as text, which is quick: there may be 100,000
-        if this_second < when <= latest and name[-15:-10] == ",due=" and when.isdecimal():
-            waiting, next_due = waiting + 1, when if when < next_due else next_due
-        else:
-            due.append(name)
-    return due, waiting, float(next_due)
-
-
-def _backoff(age: float) -> float:
-    """Return the seconds to the next try of a message: as many as it is old, within bounds, as in Postfix."""
-    return min(max(age, _BACKOFF_MIN), _BACKOFF_MAX)
 
 
 # -------------------------------------------------------------------------------------------------- mailers
@@ -711,6 +675,44 @@ class StreamMailer:
 
 # -------------------------------------------------------------------------------------------------- Maildir
 
+_DUE = re.compile(r",due=\d+\Z")
+_counter = itertools.count()
+
+
+def _new_name() -> str:
+    """Return a file name, unique for ever (Maildir's rule); sorted, names are in order of arrival."""
+    seconds, micros = divmod(time.time_ns() // 1000, 1_000_000)
+    unique = f"{next(_counter)}R{os.urandom(4).hex()}"  # R: containers may share host name and pid
+    host = socket.gethostname().replace("/", r"\057").replace(":", r"\072").replace(",", r"\054")
+    return f"{seconds}.M{micros:06}P{os.getpid()}Q{unique}.{host}"
+
+
+def _age(name: str, file: str | int, now: float) -> float:
+    """Return the seconds since a message arrived, by its name; a foreign name tells nothing, but its *file* does."""
+    seconds = name.partition(".")[0]
+    return now - (float(seconds) if seconds.isdecimal() else os.stat(file).st_mtime)
+
+
+def _schedule(names: Iterable[str], now: float) -> tuple[list[str], int, float]:
+    """Return which of *names* are due at *now*, how many are not, and when to look again.
+
+    One that says more than the longest backoff comes from a wrong clock: it is due.
+    """
+    this_second, latest = f"{int(now):010}", f"{int(now + _BACKOFF_MAX):010}"
+    due, waiting, next_due = list[str](), 0, latest
+    for name in names:
+        when = name[-10:]  # compared as text, which is quick: there may be 100,000
+        if this_second < when <= latest and name[-15:-10] == ",due=" and when.isdecimal():
+            waiting, next_due = waiting + 1, when if when < next_due else next_due
+        else:
+            due.append(name)
+    return due, waiting, float(next_due)
+
+
+def _backoff(age: float) -> float:
+    """Return the seconds to the next try of a message: as many as it is old, within bounds, as in Postfix."""
+    return min(max(age, _BACKOFF_MIN), _BACKOFF_MAX)
+
 
 def _fsync(*paths: str) -> None:
     for path in paths:
@@ -863,7 +865,7 @@ class Maildir:
         """Move a message from new/ to cur/, locked.  None and `OSError` as in `_lock`."""
         return self._lock("new", name, "cur")
 
-    def _failed(self) -> str:
+    def _failed_folder(self) -> str:
         """Return the directory for what is given up, in a Maildir++ folder, made if need be."""
         if not os.path.isdir(self._path(".failed/new")):
             self._make_directories(".failed", ".failed/tmp", ".failed/cur", ".failed/new")
@@ -986,12 +988,12 @@ class _Claim:
         self.move("new", _new_name())
 
     def give_up(self) -> None:
-        self.move(self.queue._failed(), _new_name())
+        self.move(self.queue._failed_folder(), _new_name())
         _fsync(self.queue._path(self.directory))
 
     def give_up_for(self, toaddrs: tuple[str, ...], error: str) -> None:
         """Put a copy for *toaddrs* in .failed/, for the others have another fate."""
-        self.queue._store(self.queue._failed(), self.fromaddr, toaddrs, self.message, error)
+        self.queue._store(self.queue._failed_folder(), self.fromaddr, toaddrs, self.message, error)
 
     def move(self, directory: str, name: str) -> None:
         os.rename(self.path, self.queue._path(directory, name))
@@ -1079,8 +1081,8 @@ class _Courier(NamedTuple):
             claim.let_go()
             raise
         except _NoEnvelope as error:
-            _log.error("%s: %s", _printable(claim.path), error)
             claim.give_up()
+            _log.error("%s: %s", _printable(claim.path), error)
             yield MailErrorEvent("", "", (), str(error), "5.6.0")
         except Exception as error:
             _log.error("%s: %s", _printable(claim.path), _reason(error))
@@ -1208,17 +1210,17 @@ class _Delivery:
         message_id, recipients, content = _prepare(fromaddr, toaddrs, message)
         current = self._manager.get()
         try:
-            manager: _DataManager = current.data(self)
+            data: _DataManager = current.data(self)
         except KeyError:
-            manager = _DataManager(self, self._manager)
-            current.set_data(self, manager)
-        if manager.committing:
+            data = _DataManager(self, self._manager)
+            current.set_data(self, data)
+        if data.committing:
             raise ValueError("the transaction is being committed: too late to send")
-        if not manager.joined:  # new, or sent away by the rollback of a savepoint older than itself
-            current.join(manager)
-            manager.joined = True
+        if not data.joined:  # new, or sent away by the rollback of a savepoint older than itself
+            current.join(data)
+            data.joined = True
         name = self.queue._write(fromaddr, recipients, content) if self.queue else ""
-        manager.messages.append(_Message(message_id, fromaddr, recipients, b"" if name else content, name))
+        data.messages.append(_Message(message_id, fromaddr, recipients, b"" if name else content, name))
         return message_id
 
     def _finish(self, messages: list[_Message]) -> Iterator[MailEvent]:
@@ -1278,7 +1280,7 @@ class DirectMailDelivery(_Delivery):
                     for name in [other.name for other in several]:  # before the first of them is sent
                         with contextlib.suppress(OSError):  # a processor has it, or will
                             claims[name] = self.queue._claim(name)
-                    for event in self._attempt(message, claims.pop(message.name, None)):
+                    for event in self._attempt_now(message, claims.pop(message.name, None)):
                         message.toaddrs = tuple(a for a in message.toaddrs if a not in event.toaddrs)
                         yield event
                     message.toaddrs = ()
@@ -1292,7 +1294,7 @@ class DirectMailDelivery(_Delivery):
         if self.queue:
             self.queue._wake()
 
-    def _attempt(self, message: _Message, claim: _Claim | None) -> Iterator[MailEvent]:
+    def _attempt_now(self, message: _Message, claim: _Claim | None) -> Iterator[MailEvent]:
         """Make the one attempt.  May raise `RelayUnavailable`."""
         if self.queue:
             try:
@@ -1331,8 +1333,9 @@ class QueueProcessorThread(threading.Thread):
 
     While the relay is unavailable, mail does not wake it, and the wait grows to 60 s (or *interval*, if longer).
     `start()` makes it a daemon thread, which interpreter exit stops and joins; `run()` does the same in this thread;
-    `process()` makes one pass.  A pass takes at most *batch* messages, over *workers* connections.  What a reply would
-    defer is given up if it is older than *max_age* seconds; *soft_bounce* defers what the relay refuses for good.
+    `process()` makes one pass.  A pass takes at most *batch* messages, over *workers* connections.  A message that a
+    reply would defer is given up if it is older than *max_age* seconds; *soft_bounce* defers what the relay refuses for
+    good.
     There may be as many processors on a queue as you like.
     """
 
@@ -1425,7 +1428,7 @@ class QueueProcessorThread(threading.Thread):
         try:
             if due and not self._stopping:
                 with _connected(self._mailer):  # before any claim, and before the helpers
-                    helpers = [threading.Thread(target=self._help, args=(courier, due, counts), daemon=True)
+                    helpers = [threading.Thread(target=self._work_too, args=(courier, due, counts), daemon=True)
                                for _ in range(min(self._workers, len(due)) - 1)]  # fmt: skip
                     try:
                         with contextlib.suppress(RuntimeError):  # no more threads, as at interpreter exit
@@ -1474,7 +1477,7 @@ class QueueProcessorThread(threading.Thread):
         self._listings[directory] = _Listing(mtime, now, valid_until, len(due) + waiting)
         return ready
 
-    def _help(self, courier: _Courier, due: list[str], counts: _Counts) -> None:
+    def _work_too(self, courier: _Courier, due: list[str], counts: _Counts) -> None:
         """Work over one more connection; if there is none to be had, the first goes on alone."""
         with contextlib.suppress(RelayUnavailable), _connected(self._mailer):
             self._work(courier, due, counts)
@@ -1611,7 +1614,7 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
         raise _Exit(os.EX_USAGE, str(error)) from None
     processor = QueueProcessorThread(
         queue, mailer, options.get("interval", 3), batch=options.get("batch"), workers=options.get("workers", 1),
-        max_age=options.get("max-age", 5) * 86400, soft_bounce="soft-bounce" in options,
+        max_age=options["max-age"] * 86400 if "max-age" in options else _MAX_AGE, soft_bounce="soft-bounce" in options,
     )  # fmt: skip
 
     def stop(signum: int, _frame: object) -> None:
@@ -1706,7 +1709,7 @@ def _entries(queue: Maildir) -> Iterator[dict[str, Any]]:
         try:
             entry.update(age=_age(name, path, now), size=os.stat(path).st_size, sender="", recipients=())
             entry.update(due=due if deferred else None, error="")
-            locked = directory == "cur" and queue._lock(directory, name)
+            locked = directory == "cur" and queue._lock(directory, name)  # a pass of this moment leaves it to the next
             entry["state"] = "failed" if directory[0] == "." else "sending" if locked is None else entry["state"]
             with contextlib.closing(locked or _Claim(queue, directory, name)) as claim:
                 claim.read()
