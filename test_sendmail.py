@@ -2529,6 +2529,13 @@ def test_what_a_queue_holds_can_be_claimed_by_its_owner_whatever_its_own_rights(
         assert [oct(file.stat().st_mode) for file in (root / "new").iterdir()] == ["0o100640"]
 
 
+def test_add_raises_where_the_message_cannot_be_shown_and_leaves_litter(queue: Maildir, monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "rename", disk_error)
+    with pytest.raises(OSError):
+        queue.add("app@x.org", "ann@x.org", MESSAGE)
+    assert state(queue).keys() == {"tmp"}
+
+
 def test_a_queue_stays_where_it_is_when_the_process_changes_its_directory(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     queue = Maildir("queue")
@@ -4726,6 +4733,15 @@ def test_recipients_are_found_however_a_header_is_spelt(run, queue, header, reci
     assert run("--maildir", queue.path, "--domain", "here.org", "-t", stdin=message) == (0, "", "")
     assert queued(queue)[1] == recipients
     assert queued(queue)[2].count(b"From:") == 1 and b"d@x.org" not in queued(queue)[2].partition(b"Bcc")[2]
+
+
+def test_a_user_without_a_name_sends_by_number(run, queue, monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert run("--maildir", queue.path, "--domain", "here.org", ANN, stdin=b"Subject: x\n\n") == (0, "", "")
+    assert queued(queue)[0] == f"uid{os.getuid()}@here.org"
 
 
 @pytest.mark.parametrize(("arguments", "author"), [
