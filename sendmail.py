@@ -739,7 +739,9 @@ class Maildir:
     """
 
     def __init__(self, path: str | os.PathLike[str], create: bool = True) -> None:
-        self.path, self._mode = os.path.abspath(path), 0o700  # absolute: the process may change its directory
+        self.path, self._mode = os.fspath(path), 0o700
+        if self.path:  # the process may change its directory; not abspath(), for '..' may follow a link
+            self.path = os.path.join(os.getcwd(), self.path)
         if create and not os.path.lexists(self.path):
             self._make_directories("")  # the queue's own
         present, wanted = set(os.listdir(self.path)), {"tmp", "new", "cur"}
@@ -1096,7 +1098,13 @@ class _Courier(NamedTuple):
         """Write what could not be written before, as far as it can be now; return the events of it."""
         with _Claim.retrying:
             unwritten = [claim for claim in _Claim.held.copy() if claim.unwritten is not None]
-            return [event for claim in unwritten if claim.queue.path == queue.path for event in self.deliver(claim)]
+            events: list[MailEvent] = []
+            for claim in [claim for claim in unwritten if claim.queue.path == queue.path]:
+                try:
+                    events.extend(self.deliver(claim))  # which keeps those before an error
+                except OSError as error:  # it is abandoned, for a processor
+                    _log.error("%s: %s", _printable(claim.path), _reason(error))
+            return events
 
     def _attempt(self, claim: _Claim) -> Iterator[MailEvent]:
         failed, deferred = dict[str, Reply](), dict[str, Reply]()
@@ -1350,14 +1358,18 @@ class QueueProcessorThread(threading.Thread):
         self._clock: Callable[[], float] = time.time
         self._counting = threading.Lock()  # for the counts of a pass, which its workers share
         self._stopping = False
-        self._bell = os.pipe()  # rung by stop(), which a signal handler may call: an Event could dead-lock there
-        for end in self._bell:
-            os.set_blocking(end, False)
-            weakref.finalize(self, os.close, end)
+        self._make_bell()
         self._listings = {"cur": _Listing(), "new": _Listing()}
         self._not_before: dict[str, float] = {}  # what is left alone, and until when
         self._suspects: set[str] = set()  # at these the relay became unavailable: the others go first
         self._next_cleaning = 0.0
+
+    def _make_bell(self) -> None:
+        """Make the pipe that `stop()` writes to: a signal handler may, where an Event could dead-lock."""
+        self._bell, self._pid = os.pipe(), os.getpid()
+        for end in self._bell:
+            os.set_blocking(end, False)
+            weakref.finalize(self, os.close, end)
 
     def start(self) -> None:
         """Start the thread; interpreter exit stops and joins it."""
@@ -1378,6 +1390,8 @@ class QueueProcessorThread(threading.Thread):
     def run(self) -> None:
         """Make passes until `stop()`."""
         outage_began = float("inf")
+        if self._pid != os.getpid():  # what is read from the bell of several forks is lost to the others
+            self._make_bell()
         try:
             while not self._stopping:
                 trigger = self._queue._open_trigger()  # anew, for somebody may have replaced it
@@ -1644,7 +1658,7 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
 def _addresses(text: str, domain: str) -> list[str]:
     """Return the addresses in *text*, completed with *domain*; what is none as it is, to be refused."""
     found = _parse_addresses(text, bare=False) if not re.search(r"[\0-\x1f]", text) else ()
-    words = set(map(str.strip, re.split("[,:;<>()]", text)))
+    words = {word.strip(' "') for word in re.split("[,:;<>()]", text)}
     if any("@" not in address and address not in words for address in found):  # the first of several words
         return [text]
     return [address if "@" in address else f"{address}@{domain}" for address in found] or [text]

@@ -2544,6 +2544,21 @@ def test_a_queue_stays_where_it_is_when_the_process_changes_its_directory(tmp_pa
     assert list(state(tmp_path / "queue")) == ["new"]
 
 
+def test_the_path_of_a_queue_goes_where_it_goes_for_everybody_else(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    (tmp_path / "releases" / "42").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("releases/42")
+    monkeypatch.chdir(tmp_path)
+    Maildir("current/../queue").add("app@x.org", "ann@x.org", MESSAGE)
+    assert list(state(tmp_path / "releases" / "queue")) == ["new"]
+
+
+def test_an_empty_path_names_no_queue(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Maildir("")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_queue_behind_a_link_is_made_and_gives_up_at_once(tmp_path: pathlib.Path, relay: Relay) -> None:
     (tmp_path / "real" / "q").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -3555,6 +3570,47 @@ def test_no_message_is_printed_in_the_log_of_what_is_in_doubt(relay, monkeypatch
     transaction.commit()
     assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
     assert ANN in caplog.text and "secret" not in caplog.text
+
+
+def test_a_note_that_comes_late_and_fails_again_hides_no_event_and_stops_no_commit(queue, relay, events, monkeypatch):
+    rename = os.rename
+    relay.refusals["late@example.com"] = "450 4.2.1 busy"
+    for recipients in ([ANN], [BOB], ["sent@example.com", "late@example.com"]):
+        queue.add(SENDER, recipients, MESSAGE)
+    with monkeypatch.context() as patch:
+        for call in ("unlink", "pwrite", "fsync"):
+            patch.setattr(os, call, disk_error)
+        QueueProcessorThread(queue, relay.mailer()).process()
+    assert events == []
+    DirectMailDelivery(relay.mailer(), fallback=queue).send(SENDER, "new@example.com", MESSAGE)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *paths: disk_error() if ",due=" in paths[1] else rename(*paths))
+        transaction.commit()
+    told = {address for event in events if isinstance(event, MailSentEvent) for address in event.toaddrs}
+    assert told == {ANN, BOB, "sent@example.com", "new@example.com"}
+
+
+def test_every_fork_hears_its_own_stop(queue):
+    code = """
+import os, signal, sys, time, sendmail
+processor = sendmail.QueueProcessorThread(sys.argv[1], sendmail.StreamMailer(), 3600)
+gates = [os.pipe() for _ in range(8)]
+children = []
+for gate in gates:
+    if not (child := os.fork()):
+        signal.alarm(20)
+        processor.start()
+        os.read(gate[0], 1)
+        processor.stop()
+        processor.join()
+        os._exit(0)
+    children.append(child)
+time.sleep(0.3)
+for child, gate in zip(children, gates):
+    os.write(gate[1], b"x")
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run(python_command(code, queue.path), timeout=30, check=True)
 
 
 def test_a_direct_delivery_notes_at_its_next_commit_what_it_could_not_note_at_once(queue, relay, events, monkeypatch):
@@ -4726,6 +4782,7 @@ def test_wrong_usage_is_neither_a_pass_nor_an_injection(run, queue, relay, argum
     ('To: "a:b"@x.org, "c;d"@x.org', ['"a:b"@x.org', '"c;d"@x.org']),
     ("To: a@x.org\nSubject : x\nCc: c@x.org\nBcc : d@x.org", ["a@x.org", "c@x.org", "d@x.org"]),
     ("To: a@x.org\nno header\nBcc: d@x.org", ["a@x.org", "d@x.org"]), ("To : a@x.org", ["a@x.org"]),
+    ('To: "root", b@x.org', ["root@here.org", "b@x.org"]),
     ("To: a, b\nCc: (c) d, e@x.org", ["a@here.org", "b@here.org", "d@here.org", "e@x.org"]),
 ])
 def test_recipients_are_found_however_a_header_is_spelt(run, queue, header, recipients):
