@@ -740,7 +740,8 @@ class Maildir:
 
     def __init__(self, path: str | os.PathLike[str], create: bool = True) -> None:
         self.path, self._mode = os.fspath(path), 0o700
-        if self.path:  # the process may change its directory; not abspath(), for '..' may follow a link
+        if self.path and not os.path.isabs(self.path):  # the process may change its directory
+            # not abspath(), for '..' may follow a link
             self.path = os.path.join(os.getcwd(), self.path)
         if create and not os.path.lexists(self.path):
             self._make_directories("")  # the queue's own
@@ -1558,7 +1559,7 @@ of sendmail(8): -t takes the recipients from To, Cc and Bcc, besides those given
 not end the message; -f, -r SENDER: envelope sender (default: you; <> is none); -F NAME: your name, for a missing From
 
 exit status: 0 done, or stopped by a signal, even if messages were deferred or given up; 64 usage; 65 bad message, or no
-message called NAME; 73 the queue can't be opened or made; 74 input or output error; 75 relay unavailable; 130 other ^C
+message called NAME; 73 queue can't be opened or made; 74 input or output error; 75 relay unavailable; 130 interrupted
 """
 # what --help says is what there is: the name of each option, and of its value
 _OPTIONS = dict(re.findall(r"--([a-z-]+)(?: ([A-Z]+))?", _HELP))

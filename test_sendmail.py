@@ -2552,6 +2552,14 @@ def test_the_path_of_a_queue_goes_where_it_goes_for_everybody_else(tmp_path: pat
     assert list(state(tmp_path / "releases" / "queue")) == ["new"]
 
 
+def test_an_absolute_path_needs_no_directory_that_is_still_there(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    Maildir(tmp_path / "queue").add("app@x.org", "ann@x.org", MESSAGE)
+    assert list(state(tmp_path / "queue")) == ["new"]
+
+
 def test_an_empty_path_names_no_queue(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError):
