@@ -1,7 +1,8 @@
 """Transactional e-mail with a crash-safe Maildir queue, in one file.
 
-A *delivery* takes a message, and gives its id.  The message goes out if, and only if, the transaction commits; a queue
-in the file system keeps it through crashes; a *processor* relays it by SMTP; *events* tell how it went:
+A *delivery* takes a message, and gives its id.  The message goes out if, and only if, the
+transaction commits; a queue in the file system keeps it through crashes; a *processor* relays it by
+SMTP; *events* tell how it went:
 
     import transaction
     from sendmail import QueuedMailDelivery, QueueProcessorThread, SMTPMailer
@@ -11,65 +12,86 @@ in the file system keeps it through crashes; a *processor* relays it by SMTP; *e
     delivery.send("app@example.com", ["ann@example.com"], "Subject: Hello\\n\\nHello, Ann.\\n")
     transaction.commit()
 
-Without transactions, `Maildir("queue").add(...)` does it in one step; `python -m sendmail --help` tells the rest.
+Without transactions, `Maildir("queue").add(...)` does it in one step; `python -m sendmail --help`
+tells the rest.
 
 Words
-    envelope    the sender and the recipients, which the relay goes by; stored in two lines before the message
+    envelope    the sender and the recipients, which the relay goes by; in the file, two lines before
+                the message
     relay       the SMTP server that takes our messages
-    reply       what the relay says of one recipient: sent (2xx), deferred (4xx: try later) or failed (5xx: give up)
+    reply       what the relay says of one recipient: sent (2xx), failed (5xx), deferred (try later)
     claim       the right to send, move or unlink a message: an exclusive flock on its file
     pass        one walk of a processor through what is due
 
-States: the directory is the state, the name is the schedule, a rename is the transition, a lock is the life of a claim
-    tmp/        being written: not committed, or not yet in the place of another; older than 36 h: litter
-    new/        waiting: due at once or, where the name ends in ',due=<Unix time>', from then on (but at once, if that
-                is over an hour ahead: a clock was wrong)
+States: the directory is the state, a rename is the transition, a lock is the life of a claim
+    tmp/        being written, not committed; older than 36 hours: litter
+    new/        due
     cur/        claimed, by the process that holds the lock on it; abandoned, if nobody does
+    deferred/   waiting for the Unix time (ten digits) that its name begins with, before a dot (but
+                due at once, if that is over an hour ahead: a clock was wrong)
     .failed/    given up, kept for a person (a Maildir++ folder)
 
-    send ─write─▶ tmp/ ─publish─▶ new/ ─claim─▶ cur/ ─record─▶ (unlinked)
-                                   ▲ ◀─defer, release─┤
-                                   │                  └─give_up, give_up_for─▶ .failed/
-                                   └───────────────── requeue ────────────────────┘
+    send ─write─▶ tmp/ ─publish─▶ new/ ──claim──▶ cur/ ─(how a claim ends: see below)─▶
+                                       deferred/ ─claim─▶ cur/
+                                       deferred/, .failed/ ─requeue─▶ new/
+
+How a claim ends
+    remove      the relay took the message for every recipient      unlinked
+    defer       some are to be tried later                          deferred/
+    give_up     the others were refused for good, or are too old    .failed/
+    release     the relay is unavailable, or a process died         new/
+    requeue     a person wants it to be tried again                 new/, with a fresh name
+    hold        it was sent, and that can't be noted                cur/, until the process ends
 
 Guarantees
-    1. Every recipient of a committed message stands in a complete file in new/, cur/ or .failed/ until the relay has
-       taken the message for that recipient.
-    2. Only the holder of the lock on the inode now at that path moves, replaces or unlinks a message in new/ or cur/.
-    3. A message in cur/ whose lock is free was abandoned, as by a process that died: the next pass of any processor
-       takes it up.  A living processor, however slow its relay, is never robbed.
-    4. commit() returning means durable: the file fsynced before its rename, the directory after it (if that last fsync
-       fails, the log says so).
-    5. A changed list of recipients replaces the file atomically, before the message is let go of; once the relay has
-       taken it for some, the file without those is the first thing written (in place, where no other file can be).
-    6. A process that dies causes a duplicate only between the relay's final reply and the unlink (or replacement) that
-       follows it; nothing else, no event, no logging, no QUIT, stands between the two.
-    7. A queue whose creation was cut short is completed, if nothing else stands in it; a directory that is no Maildir
-       is refused, untouched.
+    1. Every recipient of a committed message stands in a complete file in new/, cur/, deferred/ or
+       .failed/ until the relay has taken the message for that recipient.
+    2. Only the holder of the lock on the inode now at that path moves, replaces or unlinks a message
+       outside tmp/.
+    3. A message in cur/ whose lock is free was abandoned by a process that died: the next pass of
+       any processor takes it up.  A living processor, however slow its relay, is never robbed.
+    4. commit() returning means durable: the file fsynced before its rename, the directory after it
+       (if that last fsync fails, the log says so).
+    5. A changed list of recipients replaces the file atomically, before the message is let go of;
+       once the relay has taken it for some, the file without those is the first thing written.
+    6. A process that dies causes a duplicate only between the relay's final reply and the unlink (or
+       replacement) that follows it: no event, no logging, no QUIT stands between the two.
+    7. A queue whose creation was cut short is completed, if nothing else stands in it; a directory
+       that is no Maildir is refused, untouched.
 
 What can't be guaranteed
-    Unlinks are not fsynced: a power cut may repeat the last few messages.  Where an unlink (or replacement) fails, the
-    process holds the message back as long as it lives; the next one sends it again.  A crash after the copy in .failed/
-    may try its recipients again.  A relay that took a message and died before saying so gets it twice.  A process that
-    dies after a database has committed, but before its turn came, leaves the mail in tmp/; so does a rename that fails
-    after the commit, and a critical line in the log names the file.  A DirectMailDelivery without a fallback has no
-    queue: what fails, or is under way when the process dies, is lost.
+    Unlinks are not fsynced: a power cut may repeat the last few messages.  A crash after the copy in
+    .failed/ may try its recipients again.  A relay that took a message and died before saying so
+    gets it twice.  Where an unlink (or replacement) fails, the process holds the message as long as
+    it lives; the next one sends it again.  Where the disk is too full for another file, and between
+    the groups of a hundred recipients of a large message, the shorter list is written over the
+    longer one, and a power cut in that moment may splice two addresses.  A process that dies after a
+    database has committed, but before its own turn came, leaves the mail in tmp/; so does a rename
+    that fails after the commit, and a critical line in the log names the file.  A DirectMailDelivery
+    without a fallback has no queue: what fails, or is under way when the process dies, is lost.
 """
 
 from __future__ import annotations
 
 import atexit
+import collections
 import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import email.errors
+import email.generator
+import email.header
 import email.message
 import email.utils
 import fcntl
+import functools
 import getopt
+import io
 import itertools
 import json
 import logging
+import math
 import os
 import pwd
 import re
@@ -82,41 +104,61 @@ import stat
 import sys
 import threading
 import time
-import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TextIO, TypeAlias, TypeVar
-
-try:
-    import transaction
-except ImportError:  # vendored alone: everything works but the two deliveries, which say so
-    transaction = None
+from typing import Any, NamedTuple, Protocol, TextIO, TypeAlias, TypeVar
 
 __all__ = [
     "MailEvent", "MailSentEvent", "MailDeferredEvent", "MailErrorEvent", "subscribe", "unsubscribe", "notify",
     "Reply", "RelayUnavailable", "Mailer", "SMTPMailer", "StreamMailer",
     "Maildir", "DirectMailDelivery", "QueuedMailDelivery", "QueueProcessorThread", "main",
 ]  # fmt: skip
-__version__ = "1.0"
+__version__ = "2.0"
 
-_BACKOFF_MIN, _BACKOFF_MAX = 60.0, 3600.0  # seconds to the next try of a deferred message, or (first) a failed claim
+_BACKOFF_MIN = 60.0  # seconds to the next try of a deferred message, at least
+_BACKOFF_MAX = 3600.0  # and at most
+_LOOK_INTERVAL = 60.0  # seconds between two looks at deferred/
 _MAX_AGE = 5 * 86400.0  # seconds; an older message is given up instead of deferred
 _LITTER_AGE = 36 * 3600.0  # seconds (Maildir's rule for tmp/)
 _OUTAGE_WAIT_MAX = 60.0  # seconds between two passes, while the relay is unavailable
+_LOSSES_MAX = 3  # messages lost in a row, after which the relay is taken to be down
 _FINAL_REPLY_TIMEOUT = 600.0  # seconds (RFC 5321, 4.5.3.2.6)
+_LAST_WORDS_TIMEOUT = 1.0  # seconds, for what the relay has said before a write failed
+_REPLY_LINES = 1000  # of one reply, at most
+_REPLY_LINE = 8192  # bytes of one line, at most
 _GROUP = 100  # recipients at a time (RFC 5321, 4.5.3.1.8)
+_CHUNK = 65536  # bytes that go out in one write, at most
+_CHUNKS_AHEAD = 16  # chunks of a message without a reply, at most
 _PIECE = 32_000  # bytes of a message; under 64 KB with dots stuffed and line ends made CRLF
-_AT_ONCE = 16  # fsyncs, or claims, of a delivery; each takes a file descriptor
-_Queue: TypeAlias = "Maildir | str | os.PathLike[str]"
+_HEAD = 1 << 24  # bytes of a file that envelope and headers may take
+_LARGE = 1 << 20  # bytes; a larger message is not written anew for each group of its recipients
+_FSYNCS_AT_ONCE = 16  # of one commit
 _Content: TypeAlias = "bytes | str | email.message.Message"
 _log = logging.getLogger("sendmail")
+
+
+@functools.cache
+def _transaction_package() -> Any:
+    """Return the package `transaction`, imported when it is first needed; None if it is not installed."""
+    try:
+        import transaction
+    except ImportError:
+        return None
+    return transaction
+
 
 # --------------------------------------------------------------------------------------------------- events
 
 
 @dataclasses.dataclass(frozen=True)
 class MailEvent:
-    """What became of the message that `send()` called `message_id`, for `toaddrs`: those that the event is about."""
+    """What became of a message, for some of its recipients.
+
+    `message_id` is what `send()` returned, `fromaddr` the sender ('' is the null sender), `toaddrs`
+    a tuple of the recipients that the event is about.  A file without a readable envelope has none
+    of these.
+    """
+
     message_id: str
     fromaddr: str
     toaddrs: tuple[str, ...]
@@ -125,12 +167,17 @@ class MailEvent:
 @dataclasses.dataclass(frozen=True)
 class MailSentEvent(MailEvent):
     """The relay took it; `response` is its last reply, such as `250 2.0.0 Ok: queued as 4F1`."""
+
     response: str
 
 
 @dataclasses.dataclass(frozen=True)
 class MailDeferredEvent(MailEvent):
-    """Not yet: the next try is at `retry_at` (Unix time); `delivery_status` is that of RFC 3463, such as `4.2.1`."""
+    """Not yet: the next try is at `retry_at` (Unix time).
+
+    `error_message` is the reply, `delivery_status` its status (RFC 3463), such as `4.2.1`.
+    """
+
     error_message: str
     delivery_status: str
     retry_at: float
@@ -138,20 +185,23 @@ class MailDeferredEvent(MailEvent):
 
 @dataclasses.dataclass(frozen=True)
 class MailErrorEvent(MailEvent):
-    """Given up; `delivery_status`: see RFC 3463, such as `5.1.1`.  A file without envelope has no id, no recipients."""
+    """Given up; `error_message` is the reply, `delivery_status` its status (RFC 3463), such as `5.1.1`."""
+
     error_message: str
     delivery_status: str
 
 
 _Handler = TypeVar("_Handler", bound=Callable[[Any], object])
+_Tell: TypeAlias = Callable[[MailEvent], object]
 _handlers: list[Callable[[Any], object]] = []
 
 
 def subscribe(handler: _Handler) -> _Handler:
-    """Call *handler* with every event of this process, in the order of subscription; return it (a decorator, then).
+    """Call *handler* with every event of this process; return it, so this is a decorator, too.
 
-    A handler runs after any commit that it tells of, and always in a new transaction (of `transaction.manager`): begun
-    before it, committed after it, aborted if it raises.  One that raises is logged, and hurts nobody.
+    Handlers are called in the order of subscription.  Each runs after any commit that the event
+    tells of, in a new transaction of its own (of `transaction.manager`): begun before it, committed
+    after it, aborted if it raises.  One that raises is logged, and hurts nobody.
     """
     _handlers.append(handler)
     return handler
@@ -166,7 +216,7 @@ def notify(event: MailEvent) -> None:
     """Call every handler with *event*, each in a new transaction."""
     for handler in tuple(_handlers):
         try:
-            with _new_transaction() if transaction else contextlib.nullcontext():
+            with _new_transaction():
                 handler(event)
         except (Exception, SystemExit):  # it is anybody's code
             _log.exception("event handler %r failed on %r", handler, event)
@@ -176,10 +226,16 @@ def notify(event: MailEvent) -> None:
 def _new_transaction() -> Iterator[None]:
     """Run the block in a new transaction, also where the commit of another is under way.
 
-    An after-commit hook runs before the manager lets go of the finished transaction: `begin()` would abort and corrupt
-    it there.  But the default manager is a thread-local with a replaceable one inside: lend it a fresh one.
+    An after-commit hook runs before the manager lets go of the finished transaction: `begin()`
+    would abort and corrupt it there.  But the default manager is a thread-local with a replaceable
+    one inside: lend it a fresh one.
     """
-    outer, fresh = transaction.manager.manager, transaction.TransactionManager()
+    transaction = _transaction_package()
+    if transaction is None:
+        yield
+        return
+    fresh = transaction.TransactionManager()
+    outer = transaction.manager.manager
     transaction.manager.manager = fresh
     try:
         with fresh:
@@ -191,157 +247,39 @@ def _new_transaction() -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------- envelope
 
-# A bare addr-spec (RFC 5322, 3.4.1).  What would end it early in our files or in a command must be in quotes.
-_ADDR_SPEC = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^\s,<>"@]+)@[^\s,<>"@]+')
+# What would end an address early, in our files or in a command, must be in quotes (RFC 5322, 3.4.1).
+_LOCAL_PART = r'(?:"(?:[^"\\]|\\.)*"|[^\s,<>"@]+)'
+_ADDR_SPEC = re.compile(_LOCAL_PART + r'@[^\s,<>"@]+')
 _ADDR_SPECS = re.compile(rf"{_ADDR_SPEC.pattern}(?:, *{_ADDR_SPEC.pattern})*")
-_ENHANCED_STATUS = re.compile(r"([245])\.\d{1,3}\.\d{1,3}(?!\S)")  # RFC 2034, RFC 3463
+_MAILBOX = re.compile(_LOCAL_PART + r'(?:@[^\s,<>"@]+)?')  # zope.sendmail takes a bare local part, too
+# What a list of addresses is made of: quoted strings, <addresses>, domain literals, punctuation, words.
+_ADDRESS_TOKEN = re.compile(
+    r'"(?:[^"\\]|\\.)*(?:"|\Z)|<(?:"(?:[^"\\]|\\.)*"|[^<>"])*>|\[[^\[\]]*\]|[^",;:<>()\[\]]+|.', re.DOTALL
+)
+_ENHANCED_STATUS = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?!\S)")  # RFC 2034, RFC 3463
 _FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")  # RFC 5322, 2.2
-_BLANK_LINE = re.compile(rb"(\A|\r\n|\r(?!\n)|\n)(?:\r\n|\r|\n)")
 _FIELD_REST = rb"[ \t]*:([^\r\n]*(?:(?:\r\n|\r|\n)[ \t][^\r\n]*)*)"  # with the lines that are folded into it
-_BCC = re.compile(rb"(?i)(?<![^\r\n])(?:Resent-)?Bcc" + _FIELD_REST + rb"(?:\r\n|\r|\n|\Z)")
+_FIELD_END = rb"(?:\r\n|\r|\n|\Z)"
+_BCC = re.compile(rb"(?i)(?<![^\r\n])(?:Resent-)?Bcc" + _FIELD_REST + _FIELD_END)
+_ACTUALLY = re.compile(rb"(?i)(?<![^\r\n])X-Actually-(?:From|To)" + _FIELD_REST + _FIELD_END)
+_BLANK_LINE = re.compile(rb"(\A|\r\n|\r(?!\n)|\n)(?:\r\n|\r|\n)")
 _ENVELOPE = re.compile(rb"(?i)X-Zope-From:([^\n]*)\nX-Zope-To:([^\n]*)\n(?:X-Sendmail-Error:([^\n]*)\n)?")
-_LENIENT = {"strict": False} if hasattr(email.utils, "supports_strict_parsing") else {}  # one comma is no harm
 
 
 def _printable(text: bytes | str) -> str:
     """Return *text* as one printable line of at most 1,000 characters, fit for a file, a log and a terminal."""
-    line = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-    if not line.isprintable():
-        line = " ".join("".join(c if c.isprintable() else " " for c in line).split())
-    return line[:1000].strip()
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+        text = " ".join(text.split())
+    return text[:1000].strip()
 
 
 def _encodable(text: str, stream: Any) -> str:
     """Return *text* with what *stream* can't take made `\\u...`."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _parse_addresses(line: bytes | str, bare: bool = True) -> tuple[str, ...]:
-    """Return the bare addresses in *line*, which may hold display names: zope.sendmail's queues do.
-
-    Not *bare* is for the value of a header: there groups and comments may touch an address.
-    """
-    text = (line.decode("utf-8", "replace") if isinstance(line, bytes) else line).strip()
-    if (bare or not re.search("[():;]", text)) and _ADDR_SPECS.fullmatch(text):  # getaddresses splits some
-        return tuple(dict.fromkeys(_ADDR_SPEC.findall(text)))
-    with contextlib.suppress(RecursionError):  # a thousand parentheses
-        return tuple(dict.fromkeys(address for _, address in email.utils.getaddresses([text], **_LENIENT) if address))
-    return ()
-
-
-def _headers_of(message: bytes) -> bytes:
-    """Return the header section of *message*, up to the blank line; b'' if it begins with something else."""
-    end = _BLANK_LINE.search(message)
-    return (message[: end.end(1)] if end else message) if _FIELD_NAME.match(message) else b""
-
-
-def _fields(headers: bytes, name: bytes) -> Iterator[str]:
-    """Yield the unfolded values of the headers called *name*, a regular expression."""
-    for found in re.finditer(rb"(?i)(?<![^\r\n])" + name + _FIELD_REST, headers):
-        yield " ".join(found[1].decode("utf-8", "replace").split())
-
-
-def _with_header_lines(message: bytes, *lines: str) -> bytes:
-    """Return *message* with *lines* before it, in its own line ends, and set apart if it begins with no header."""
-    eol = b"\r\n" if message[: message.find(b"\n") + 1].endswith(b"\r\n") else b"\n"
-    added = b"".join(line.encode() + eol for line in lines)
-    return added + (message if _FIELD_NAME.match(message) or message[:1] in (b"\n", b"\r") else eol + message)
-
-
-def _serialise(message: _Content, addresses: Iterable[str]) -> bytes:
-    """Return *message* as bytes; of a `Message`, a copy without Bcc."""
-    if isinstance(message, (bytes, str)):
-        return message.encode() if isinstance(message, str) else message
-    message = copy.deepcopy(message)  # for writing it sets boundaries, in its parts too
-    del message["Bcc"], message["Resent-Bcc"]
-    policy: Any = message.policy
-    utf8 = hasattr(policy, "utf8") and not all(map(str.isascii, addresses))  # RFC 6532: can't be written otherwise
-    return message.as_bytes(policy=policy.clone(utf8=True) if utf8 else policy)
-
-
-def _prepare(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> tuple[str, tuple[str, ...], bytes]:
-    """Check the arguments of `send()`; return message id, recipients and the complete message.  Raise `ValueError`."""
-    recipients = tuple(dict.fromkeys([toaddrs] if isinstance(toaddrs, str) else toaddrs))
-    if not recipients:
-        raise ValueError("no recipients")
-    for address in recipients if fromaddr == "" else (fromaddr, *recipients):  # '' is the null sender
-        if not (address.isprintable() and _ADDR_SPEC.fullmatch(address)):
-            raise ValueError(f"not an address (local@domain, without a display name): {_printable(address)!r}")
-    content = _serialise(message, (fromaddr, *recipients))
-    headers = _headers_of(content)
-    found, date = (next(_fields(headers, name), None) for name in (b"Message-Id", b"Date"))
-    message_id = email.utils.make_msgid(domain=socket.gethostname()) if found is None else found
-    if not (message_id.isprintable() and re.fullmatch(r"<[^<>\s]+>", message_id)):
-        raise ValueError(f"malformed Message-Id, not <left@right>: {_printable(message_id)!r}")
-    added = [] if found else [f"Message-Id: {message_id}"]
-    added += [] if date is not None else [f"Date: {email.utils.formatdate(localtime=True)}"]
-    return message_id[1:-1], recipients, _with_header_lines(content, *added)
-
-
-# -------------------------------------------------------------------------------------------------- mailers
-
-_LOGIN_WANTED = {530, 534, 535, 538}  # RFC 4954, 6: this is about our login, not about a message
-_NO_RELAY = (smtplib.SMTPConnectError, smtplib.SMTPHeloError, smtplib.SMTPAuthenticationError,
-             ConnectionRefusedError, socket.gaierror, socket.herror)  # fmt: skip
-_MECHANISMS = ("CRAM-MD5", "PLAIN", "LOGIN", "XOAUTH2")  # the best first; the last, which takes a token, only by name
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """What the relay says of a recipient: an SMTP *code*, and its *text* as one printable line."""
-    code: int
-    text: str
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "text", _printable(self.text))
-
-    def __str__(self) -> str:
-        return f"{self.code} {self.text}".rstrip()
-
-    @property
-    def outcome(self) -> str:
-        """'sent' (2xx), 'failed' (5xx: give up) or 'deferred' (all else: try later)."""
-        return {2: "sent", 5: "failed"}.get(self.code // 100, "deferred")
-
-    @property
-    def status(self) -> str:
-        """The enhanced status code (RFC 3463) in the text; if that has none of its class, what the code says."""
-        digit, found = {"sent": "2", "failed": "5"}.get(self.outcome, "4"), _ENHANCED_STATUS.match(self.text)
-        return found[0] if found and found[1] == digit else f"{digit}.0.0"
-
-    def softened(self) -> Reply:
-        """Return this reply as one that says 'try later'."""
-        return Reply(self.code - 100 if self.outcome == "failed" else 451, f"4{self.status[1:]} {self}")
-
-    def judged(self) -> Reply:
-        """Return what this means after MAIL, for the message: a 530 or its like, or what is no reply: 'try later'."""
-        known = 200 <= self.code < 300 or 400 <= self.code < 600
-        return self if known and self.code not in _LOGIN_WANTED else self.softened()
-
-
-_OK, _NO_REPLY = Reply(250, "2.0.0 Ok"), Reply(451, "4.3.0 the mailer told nothing of this recipient")
-
-
-class RelayUnavailable(Exception):
-    """The relay can't be used now, and no message is to blame: what is in a queue keeps its place there.
-
-    That is whatever goes wrong before MAIL is answered: connection, DNS, TLS, banner, EHLO and AUTH, and a 421, 530,
-    534, 535 or 538 to MAIL.
-    """
-
-
-class Mailer(Protocol):
-    """What deliveries and processors need.  The workers of a processor share it, each in a thread of its own.
-
-    One that is a context manager is entered, by each of these, around several messages.
-    """
-
-    def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> Mapping[str, Reply] | None:
-        """Hand *message* to the relay, for at most 100 *toaddrs*; return a `Reply` for each (None: all accepted).
-
-        May raise `RelayUnavailable`, or in the vocabulary of `smtplib`, as the mailers of zope.sendmail do.
-        """
 
 
 def _reason(error: Any) -> str:
@@ -351,47 +289,359 @@ def _reason(error: Any) -> str:
     return _printable(str(error)) or type(error).__name__
 
 
-def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> dict[str, Reply]:
-    """Let *mailer* send to one group: whatever it does becomes a reply for each recipient, or `RelayUnavailable`."""
-    raised = True
+def _split_addresses(text: str) -> list[str]:
+    """Return the addresses in *text*, a list as in a To header (RFC 5322, 3.4), each once.
+
+    Display names, comments, and the names of groups are left out.  What is no address is returned
+    as it is, for the caller to refuse.  The time that this takes is proportional to the text.
+    """
+    found: list[str] = []
+    words: list[str] = []
+    depth = 0  # of comments
+    for token in itertools.chain(_ADDRESS_TOKEN.findall(text), ","):
+        if token == "(":
+            depth += 1
+        elif token == ")" and depth:
+            depth -= 1
+        elif depth:
+            continue
+        elif token in (",", ";"):
+            found.append(_address_among(words))
+            words.clear()
+        elif token == ":":
+            words.clear()  # which were the name of a group
+        else:
+            words.append(token)
+    if depth:
+        return [text]
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def _address_among(words: Sequence[str]) -> str:
+    """Return the address among *words*, which may be a display name and `<address>`."""
+    in_brackets = [word for word in words if word[0] == "<" and len(word) > 2]
+    if len(in_brackets) == 1:
+        return in_brackets[0][1:-1].strip()
+    return "".join(words).strip()
+
+
+def _address(text: str) -> str:
+    """Return the addr-spec of the one address that *text* is, with or without a display name.
+
+    Raise `ValueError` if it is anything else, `TypeError` if it is no string.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"an address must be a string, not {type(text).__name__}")
+    if text.isprintable():
+        addresses = [text]
+        if not _ADDR_SPEC.fullmatch(text):
+            addresses = _split_addresses(text)
+        if len(addresses) == 1 and _ADDR_SPEC.fullmatch(addresses[0]):
+            return "".join(addresses)  # of an Enum, the value
+    raise ValueError(f"not one address (local@domain, or Name <local@domain>): {_printable(text)!r}")
+
+
+def _headers_of(message: bytes) -> bytes:
+    """Return the header section of *message*, up to the blank line; b'' if it begins with something else."""
+    if not _FIELD_NAME.match(message):
+        return b""
+    end = _BLANK_LINE.search(message)
+    if end is None:
+        return message
+    return message[: end.end(1)]
+
+
+def _header_values(headers: bytes, name: bytes) -> list[str]:
+    """Return the unfolded values of the headers called *name*, a regular expression."""
+    found = re.findall(rb"(?i)(?<![^\r\n])" + name + _FIELD_REST, headers)
+    return [" ".join(value.decode("utf-8", "replace").split()) for value in found]
+
+
+def _decoded(value: str) -> str:
+    """Return the value of a header with its encoded words (RFC 2047) decoded, as far as they can be."""
     try:
-        replies: Any = mailer.send(fromaddr, toaddrs, message)
-        raised = False
-        replies = replies if isinstance(replies, Mapping) else {}
-        default = _NO_REPLY if any(isinstance(r, Reply) for r in replies.values()) else _OK  # smtplib's: the refused
+        return str(email.header.make_header(email.header.decode_header(value)))
+    except (ValueError, LookupError, email.errors.MessageError):
+        return value
+
+
+def _message_id_in(headers: bytes) -> str:
+    """Return the Message-Id without angle brackets, '' if there is none."""
+    for value in _header_values(headers, b"Message-Id"):
+        return _printable(value).strip("<> ")
+    return ""
+
+
+def _with_header_lines(message: bytes, *lines: str) -> bytes:
+    """Return *message* with *lines* before it, in its own line ends, and set apart if it begins with no header."""
+    first_line = message[: message.find(b"\n") + 1]
+    line_end = b"\r\n" if first_line.endswith(b"\r\n") else b"\n"
+    added = b"".join(line.encode() + line_end for line in lines)
+    if _FIELD_NAME.match(message) or message[:1] in (b"\n", b"\r"):
+        return added + message
+    return added + line_end + message
+
+
+def _serialise(message: _Content, addresses: Iterable[str]) -> bytes:
+    """Return *message* as bytes; of a `Message`, a copy without Bcc."""
+    if isinstance(message, str):
+        return message.encode()
+    if isinstance(message, (bytes, bytearray, memoryview)):
+        return bytes(message)
+    if not isinstance(message, email.message.Message):
+        raise TypeError(f"a message must be bytes, str or email.message.Message, not {type(message).__name__}")
+    message = copy.deepcopy(message)  # for writing it sets boundaries, in its parts too
+    del message["Bcc"], message["Resent-Bcc"]
+    policy: Any = message.policy
+    if hasattr(policy, "utf8") and not all(map(str.isascii, addresses)):
+        policy = policy.clone(utf8=True)  # RFC 6532: such an address can't be written otherwise
+    content = io.BytesIO()
+    # not as_bytes(), whose arguments differ in subclasses
+    email.generator.BytesGenerator(content, mangle_from_=False, policy=policy).flatten(message)
+    return content.getvalue()
+
+
+def _check(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> _Draft:
+    """Check the arguments of `send()`; return what is to be sent.
+
+    Raise `ValueError` or `TypeError`, as said there.
+    """
+    sender = fromaddr
+    if fromaddr != "":  # the null sender
+        sender = _address(fromaddr)
+    if isinstance(toaddrs, str):
+        toaddrs = [toaddrs]
+    recipients = tuple(dict.fromkeys(map(_address, toaddrs)))
+    if not recipients:
+        raise ValueError("no recipients")
+    content = _serialise(message, (sender, *recipients))
+    headers = _headers_of(content)
+    added = []
+    message_ids = _header_values(headers, b"Message-Id")
+    if not message_ids:
+        message_ids = [email.utils.make_msgid(domain=socket.gethostname())]
+        added.append(f"Message-Id: {message_ids[0]}")
+    if not message_ids[0].isprintable() or not re.fullmatch(r"<[^<>\s]+>", message_ids[0]):
+        raise ValueError(f"malformed Message-Id, not <left@right>: {_printable(message_ids[0])!r}")
+    if not _header_values(headers, b"Date"):
+        added.append(f"Date: {email.utils.formatdate(localtime=True)}")
+    if added:
+        content = _with_header_lines(content, *added)
+    return _Draft(message_ids[0][1:-1], sender, recipients, content)
+
+
+@dataclasses.dataclass
+class _Draft:
+    """A message that was checked, and is not committed yet."""
+
+    message_id: str
+    fromaddr: str
+    toaddrs: tuple[str, ...]
+    content: bytes = dataclasses.field(repr=False)  # not for a log
+    name: str = ""  # of its file, once it has one
+
+
+@dataclasses.dataclass
+class _Envelope:
+    """What stands before a message in its file."""
+
+    fromaddr: str
+    toaddrs: tuple[str, ...]
+    error: str  # why it was deferred or given up
+    length: int  # in bytes; after it the message begins
+    scattered: bool = False  # repoze.sendmail's lines, which stand among the headers
+
+
+class _NoEnvelope(Exception):
+    """The file has no readable envelope."""
+
+
+def _addresses_in_file(line: str) -> list[str]:
+    """Return the addresses in *line*: bare, as we write them, or with display names, as zope.sendmail may."""
+    if _ADDR_SPECS.fullmatch(line):
+        return list(dict.fromkeys(_ADDR_SPEC.findall(line)))
+    return _split_addresses(line)
+
+
+def _parse_envelope(head: bytes) -> _Envelope:
+    """Return the envelope in the *head* of a file: zope.sendmail's and ours, or repoze.sendmail's.
+
+    Raise `_NoEnvelope` if there is none, or its addresses are not fit for a command.
+    """
+    found = _ENVELOPE.match(head)
+    try:
+        if found:
+            lines = [found[1].decode(), found[2].decode()]
+        else:
+            headers = _headers_of(head)
+            lines = _header_values(headers, b"X-Actually-From")[:1] + _header_values(headers, b"X-Actually-To")[:1]
+            lines = list(map(_decoded, lines))
+    except UnicodeDecodeError:
+        lines = []
+    if len(lines) == 2:
+        senders = _addresses_in_file(lines[0].strip()) or [""]
+        recipients = _addresses_in_file(lines[1].strip())
+        addresses = [*filter(None, senders), *recipients]
+        fit = all(a.isprintable() and _MAILBOX.fullmatch(a) for a in addresses)
+        if recipients and len(senders) == 1 and fit:
+            if found is None:
+                return _Envelope(senders[0], tuple(recipients), "", 0, scattered=True)
+            return _Envelope(senders[0], tuple(recipients), _printable(found[3] or b""), found.end())
+    raise _NoEnvelope("no readable envelope")
+
+
+# -------------------------------------------------------------------------------------------------- mailers
+
+# By these no message is refused: they are about our login (RFC 4954, 6), or end the connection (RFC 5321, 3.8).
+_LOGIN_CODES = {530, 534, 535, 538}
+_TROUBLE_CODES = {421, *_LOGIN_CODES}
+_MECHANISMS = ("CRAM-MD5", "PLAIN", "LOGIN", "XOAUTH2")  # the best first; the last, which takes a token, only by name
+_NO_RELAY = (
+    smtplib.SMTPConnectError, smtplib.SMTPHeloError, smtplib.SMTPAuthenticationError,
+    ConnectionRefusedError, socket.gaierror, socket.herror,
+)  # fmt: skip
+_RELAY = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(\d+))?|([0-9A-Fa-f:.]+)")  # HOST, HOST:PORT, an IPv6 address
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the relay says of a recipient: an SMTP *code*, and its *text* as one printable line.
+
+    *relay* is who said so (`host:port`), where that is known.
+    """
+
+    code: int
+    text: str
+    relay: str = dataclasses.field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", _printable(self.text))
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.text}".rstrip()
+
+    @property
+    def outcome(self) -> str:
+        """'sent' (2xx), 'failed' (5xx: give up) or 'deferred' (all else, and 53x: try later)."""
+        if self.code // 100 == 2:
+            return "sent"
+        if self.code // 100 == 5 and self.code not in _LOGIN_CODES:
+            return "failed"
+        return "deferred"
+
+    @property
+    def status(self) -> str:
+        """The enhanced status code (RFC 3463) in the text; if that has none of its class, what the code says."""
+        digit = {"sent": "2", "failed": "5"}.get(self.outcome, "4")
+        found = _ENHANCED_STATUS.match(self.text)
+        if found and found[1] == str(self.code)[0]:
+            return digit + found[2]
+        return f"{digit}.0.0"
+
+    def _softened(self) -> Reply:
+        """Return this reply as one that says 'try later'."""
+        return Reply(451, f"4{self.status[1:]} {self}", self.relay)
+
+
+class RelayUnavailable(Exception):
+    """The relay can't be used now, and no message is to blame: what is in a queue keeps its place there.
+
+    That is whatever goes wrong before MAIL: connection, DNS, TLS, banner, EHLO and AUTH; and a relay
+    that three messages in a row were lost by.
+    """
+
+
+class Mailer(Protocol):
+    """What deliveries and processors need.  One may be used by several threads at once.
+
+    One that is a context manager is entered, by each thread, around several messages.
+    """
+
+    def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> Mapping[str, Reply] | None:
+        """Hand *message* to the relay, for at most 100 *toaddrs*; return a `Reply` for each (None: all accepted).
+
+        May raise `RelayUnavailable`, or in the vocabulary of `smtplib`, as the mailers of
+        zope.sendmail do.
+        """
+
+
+_ACCEPTED = Reply(250, "2.0.0 Ok")
+_NOBODY = Reply(554, "5.5.1 no valid recipients")
+
+
+def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> dict[str, Reply]:
+    """Let *mailer* send to one group.  Whatever it does becomes a reply for each recipient, or `RelayUnavailable`."""
+    try:
+        answer = mailer.send(fromaddr, toaddrs, message)
     except RelayUnavailable:
         raise
-    except smtplib.SMTPRecipientsRefused as error:
-        replies, default = error.recipients, _NO_REPLY
     except Exception as error:  # a mailer is anybody's code
-        code = getattr(error, "smtp_code", 0)
-        before_mail = isinstance(error, smtplib.SMTPSenderRefused) and code in {421, *_LOGIN_WANTED}
-        if before_mail or isinstance(error, _NO_RELAY):
+        if isinstance(error, _NO_RELAY):
             raise RelayUnavailable(_reason(error)) from error
-        text = f"{'4.4.2' if isinstance(error, OSError) else '4.3.0'} {_reason(error)}"
-        replies, default = {}, Reply(code, getattr(error, "smtp_error", "")).judged() if code else Reply(451, text)
-    told = {address: replies.get(address, default) for address in toaddrs}
-    told = {address: reply if isinstance(reply, Reply) else Reply(*reply).judged() for address, reply in told.items()}
-    # smtplib raises on a 2xx, too, where it wanted another answer: nothing was taken
-    return {address: r.softened() if raised and r.outcome == "sent" else r for address, r in told.items()}
+        return {address: _reply_for(error, address) for address in toaddrs}
+    return _understood(answer, toaddrs)
 
 
-def _ask_in_groups(
-    mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes
-) -> Iterator[tuple[dict[str, Reply], dict[str, Reply]]]:
-    """Yield, group by group, the replies that say 'sent', and the others; what is to be noted can be, in between."""
+def _reply_for(error: Exception, address: str) -> Reply:
+    """Return what the exception of a mailer says of a recipient.  Nothing that is raised says 'sent'."""
+    reply = Reply(451, f"4.3.0 {_reason(error)}")
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        reply = _reply_in(error.recipients, address) or Reply(451, "4.3.0 the mailer told nothing of this recipient")
+    elif isinstance(error, smtplib.SMTPResponseException):
+        reply = Reply(error.smtp_code, error.smtp_error)  # type: ignore[arg-type]
+        if reply == Reply(500, "Line too long."):  # which smtplib made up
+            reply = reply._softened()
+    elif isinstance(error, OSError):
+        reply = Reply(421, f"4.4.2 connection lost: {_reason(error)}")
+    if reply.outcome == "sent":  # smtplib raises on a 2xx, too, where it wanted another answer
+        reply = reply._softened()
+    return reply
+
+
+def _reply_in(replies: Any, address: str) -> Reply | None:
+    """Return the reply to *address*: a `Reply`, or smtplib's pair of code and text.  None: there is none."""
+    reply = replies.get(address)
+    if isinstance(reply, Reply):
+        return reply
+    if isinstance(reply, tuple) and len(reply) == 2 and isinstance(reply[0], int):
+        return Reply(*reply)
+    return None
+
+
+def _understood(answer: Any, toaddrs: Sequence[str]) -> dict[str, Reply]:
+    """Return the replies in what a mailer has returned.
+
+    Whom it does not mention was sent to, as in smtplib.  So was who gets an unintelligible reply:
+    the message was sent, and must not be sent again for that.
+    """
+    replies = dict.fromkeys(toaddrs, _ACCEPTED)
+    unintelligible = answer is not None and not isinstance(answer, Mapping)
+    if isinstance(answer, Mapping):
+        for address in toaddrs:
+            reply = _reply_in(answer, address)
+            if reply is not None:
+                replies[address] = reply
+            elif address in answer:
+                unintelligible = True
+    if unintelligible:
+        _log.error("the mailer returned no mapping of replies, but %s: taken for sent", type(answer).__name__)
+    return replies
+
+
+def _groups(toaddrs: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield *toaddrs* in groups of a hundred."""
     for start in range(0, len(toaddrs), _GROUP):
-        replies = _ask(mailer, fromaddr, toaddrs[start : start + _GROUP], message)
-        sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
-        yield sent, {address: reply for address, reply in replies.items() if address not in sent}
+        yield toaddrs[start : start + _GROUP]
 
 
 @contextlib.contextmanager
 def _connected(mailer: Any) -> Iterator[None]:
     """Enter *mailer* for the block, if it is a context manager.  Raise `RelayUnavailable` if it refuses."""
-    connection = mailer if hasattr(mailer, "__enter__") else contextlib.nullcontext()
+    if not hasattr(mailer, "__enter__"):
+        yield
+        return
     try:
-        connection.__enter__()
+        mailer.__enter__()
     except RelayUnavailable:
         raise
     except Exception as error:
@@ -400,13 +650,14 @@ def _connected(mailer: Any) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(Exception):  # the messages are settled by now
-            connection.__exit__(None, None, None)
+            mailer.__exit__(None, None, None)
 
 
 def _wire_address(address: str, smtputf8: bool) -> bytes | None:
     """Return *address* as it goes on the wire; None if that takes the SMTPUTF8 (RFC 6531) that the relay lacks.
 
-    A domain is IDNA-encoded if that can be undone: 'faß.de' would become fass.de, which is somebody else's.
+    A domain is IDNA-encoded if that can be undone: 'faß.de' would become fass.de, which is
+    somebody else's.
     """
     local, at, domain = address.rpartition("@")
     if local.isascii() and not domain.isascii():
@@ -414,260 +665,580 @@ def _wire_address(address: str, smtputf8: bool) -> bytes | None:
             encoded = domain.encode("idna")
             if encoded.decode("idna") == domain.lower():
                 return f"{local}{at}".encode() + encoded
-    return address.encode() if smtputf8 or address.isascii() else None
+    if smtputf8 or address.isascii():
+        return address.encode()
+    return None
 
 
-def _mail_command(
-    offered: Mapping[str, str], fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply]
-) -> tuple[bytes, dict[str, bytes]]:
-    """Return MAIL, and the recipients as they go on the wire; fill *replies* for those that the relay can't serve."""
-    ends = message.count(b"\n") + message.count(b"\r") - 2 * message.count(b"\r\n")
-    size = len(message) + ends + (2 if message and message[-1:] not in b"\r\n" else 0)  # with CRLF (RFC 1870, 5)
-    limit = offered.get("size", "")
-    sender, recipients = _wire_address(fromaddr, "smtputf8" in offered), {}
-    for address in toaddrs:
-        recipient = _wire_address(address, "smtputf8" in offered)
-        if limit.isdecimal() and 0 < int(limit) < size:
-            replies[address] = Reply(552, f"5.3.4 {size} bytes are more than the relay takes ({limit})")
-        elif sender is None or recipient is None:
-            replies[address] = Reply(553, "5.6.7 an address needs SMTPUTF8, which the relay does not offer")
-        else:
-            recipients[address] = recipient
-    command = b"MAIL FROM:<%s>" % (sender or b"")
-    ascii_only = all(map(bytes.isascii, (command, *recipients.values())))
-    command += b" SIZE=%d" % size if "size" in offered else b""
-    command += b" BODY=8BITMIME" if "8bitmime" in offered and not message.isascii() else b""
-    return command + (b"\r\n" if ascii_only else b" SMTPUTF8\r\n"), recipients
+def _wire_size(message: bytes) -> int:
+    """Return the size of *message* with all its line ends, and the last, made CRLF (RFC 1870, 5)."""
+    line_ends = message.count(b"\n") + message.count(b"\r")
+    size = len(message) + line_ends - 2 * message.count(b"\r\n")
+    if message and message[-1:] not in (b"\r", b"\n"):
+        size += 2
+    return size
 
 
-def _wire_pieces(message: bytes) -> Iterator[bytes]:
-    """Yield *message* as DATA takes it: CR, LF and CRLF made CRLF, dots stuffed, the end marked (RFC 5321, 4.5.2)."""
-    start, at_line_start = 0, True
+def _wire_pieces(message: bytes, dots: bool) -> Iterator[bytes]:
+    """Yield *message* in pieces of at most 64 KB, with CR, LF and CRLF made CRLF.
+
+    With *dots* it is as DATA takes it: dots stuffed, and the end marked (RFC 5321, 4.5.2).
+    """
+    start = 0
+    at_line_start = True
     while start < len(message):
         end = start + _PIECE
         if message[end - 1 : end + 1] == b"\r\n":  # one line end, not two
             end += 1
         piece = message[start:end].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        dot = b"." if at_line_start and piece.startswith(b".") else b""
-        start, at_line_start = end, piece.endswith(b"\n")
-        last = (b".\r\n" if at_line_start else b"\r\n.\r\n") if start >= len(message) else b""
-        yield dot + piece.replace(b"\n.", b"\n..").replace(b"\n", b"\r\n") + last
-    if not message:
+        if dots:
+            if at_line_start and piece.startswith(b"."):
+                piece = b"." + piece
+            piece = piece.replace(b"\n.", b"\n..")
+        start = end
+        at_line_start = piece.endswith(b"\n")
+        if start >= len(message):
+            if not at_line_start:
+                piece += b"\n"
+            if dots:
+                piece += b".\n"
+        yield piece.replace(b"\n", b"\r\n")
+    if dots and not message:
         yield b".\r\n"
 
 
 class _Lost(Exception):
-    """The connection can't be used any more; the argument is the `Reply` that this is to a message on its way."""
+    """The connection can't be used any more; *reply* is what this is to the message on its way.
+
+    *again*: the relay dropped the connection before it had the message, or wants a new one.
+    """
+
+    def __init__(self, reply: Reply, again: bool = False) -> None:
+        super().__init__(str(reply))
+        self.reply = reply
+        self.again = again
 
 
-def _answer(smtp: Any, pieces: Iterable[bytes] = (), final: bool = False, go_ahead: int = 0) -> Reply:
-    """Write *pieces*, each under the timeout, and return the reply; the *final* one has ten minutes."""
-    doubt = ""
-    try:
-        for piece in pieces:
-            smtp.sock.sendall(piece)
+class _Dropped(Exception):
+    """The relay has dropped a connection that was kept, and has not got the message."""
+
+
+class _Dialogue(smtplib.SMTP):
+    """A connection to the relay: up to AUTH it is smtplib's, from MAIL on one write and one wait a message.
+
+    Every reply is read under one deadline, however the relay serves it.
+    """
+
+    sock: Any
+    user: Any
+
+    def __init__(self, relay: tuple[str, int], ehlo_name: str | None, timeout: float, **options: Any) -> None:
+        self.relay = "%s:%d" % relay
+        self.carried = False  # a message
+        self._received = bytearray()  # and not read
+        self._broken: OSError | None = None  # why nothing can be written any more
+        self._step = "MAIL"  # until that is answered; then 'RCPT'; then 'data': what was sent may have been taken
+        self._data_written = False
+        super().__init__(*relay, ehlo_name, timeout, **options)
+
+    def getreply(self) -> tuple[int, bytes]:
+        """Read a reply, as smtplib does, but under one deadline."""
+        try:
+            return self._read_reply(self.timeout)
+        except OSError:
+            self.close()
+            raise
+        finally:
+            if self.sock is not None:
+                self.sock.settimeout(self.timeout)
+
+    def secure(self, context: ssl.SSLContext) -> None:
+        """Change to TLS (RFC 3207); what has come in clear by now is not believed."""
+        self.starttls(context=context)
+        self._received.clear()
+
+    def transact(self, fromaddr: str, toaddrs: Sequence[str], message: bytes, kept: bool) -> dict[str, Reply]:
+        """Do one mail transaction (RFC 5321, 3.3); return a reply for each recipient.
+
+        Raise `_Dropped` if the connection was *kept* from before, and has been dropped by the relay.
+        """
+        replies: dict[str, Reply] = {}
+        try:
+            self._transact(fromaddr, toaddrs, message, replies)
+        except _Lost as lost:
+            self.close()
+            if kept and lost.again:
+                raise _Dropped from lost
+            for address in toaddrs:
+                if replies.get(address, _ACCEPTED).outcome == "sent":  # not refused by itself
+                    replies[address] = lost.reply
+        except BaseException:
+            self.close()
+            raise
+        return replies
+
+    def _transact(self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply]) -> None:
+        """Fill *replies*.  RFC 2920 and 3030 save the round trips, where the relay knows them.  Raise `_Lost`."""
+        size = _wire_size(message)
+        mail, recipients = self._commands(fromaddr, toaddrs, message, size, replies)
+        if not recipients:
+            return
+        self._expect_silence()
+        # of more recipients, the replies could fill the buffers both ways
+        pipelining = self.has_extn("pipelining") and len(recipients) <= _GROUP
+        chunking = pipelining and self.has_extn("chunking")
+        self._step = "MAIL"
+        self._data_written = chunking and size <= _CHUNK
+        if pipelining:
+            together = [mail, *recipients.values()]
+            if self._data_written:
+                together.append(b"BDAT %d LAST\r\n" % size)
+                together.extend(_wire_pieces(message, dots=False))
+            elif not chunking:
+                together.append(b"DATA\r\n")
+            self._write(b"".join(together))
+        sender = self._answer_to(mail, written=pipelining)
+        if self.carried and sender.code // 100 == 4:  # relays limit the messages of a connection
+            raise _Lost(sender, again=True)
+        self.carried = True
+        self._step = "RCPT"
+        for address, command in recipients.items():
+            replies[address] = sender
+            if pipelining or sender.outcome == "sent":
+                reply = self._answer_to(command, written=pipelining)
+                if sender.outcome == "sent":
+                    replies[address] = reply
+        accepted = [address for address in recipients if replies[address].outcome == "sent"]
+        if chunking:
+            verdict = self._send_by_chunks(message, size, bool(accepted))
+        else:
+            verdict = self._send_by_data(message, bool(accepted), pipelining)
+        replies.update(dict.fromkeys(accepted, verdict))
+        # Refused at the end of DATA, a transaction is over.  Else it may be open, and the next would be nested in it.
+        if verdict.outcome != "sent" and (chunking or self._step == "RCPT"):
+            self._write(b"RSET\r\n")
+            if self._answer().outcome != "sent":
+                raise _Lost(_NOBODY)
+
+    def _commands(
+        self, fromaddr: str, toaddrs: Sequence[str], message: bytes, size: int, replies: dict[str, Reply]
+    ) -> tuple[bytes, dict[str, bytes]]:
+        """Return MAIL, and RCPT for each recipient; fill *replies* for those that the relay can't serve."""
+        smtputf8 = self.has_extn("smtputf8")
+        sender = _wire_address(fromaddr, smtputf8)
+        limit = self.esmtp_features.get("size", "")[:20]
+        too_large = limit.isdecimal() and 0 < int(limit) < size
+        recipients = {}
+        for address in toaddrs:
+            recipient = _wire_address(address, smtputf8)
+            if too_large:
+                text = f"5.3.4 {size} bytes are more than the relay takes ({limit})"
+                replies[address] = Reply(552, text, self.relay)
+            elif sender is None or recipient is None:
+                text = "5.6.7 an address needs SMTPUTF8, which the relay does not offer"
+                replies[address] = Reply(553, text, self.relay)
+            else:
+                recipients[address] = b"RCPT TO:<%s>\r\n" % recipient
+        mail = b"MAIL FROM:<%s>" % (sender or b"")
+        ascii_only = mail.isascii() and all(map(bytes.isascii, recipients.values()))
+        if self.has_extn("size"):
+            mail += b" SIZE=%d" % size
+        if self.has_extn("8bitmime") and not message.isascii():
+            mail += b" BODY=8BITMIME"
+        if not ascii_only:
+            mail += b" SMTPUTF8"
+        return mail + b"\r\n", recipients
+
+    def _send_by_chunks(self, message: bytes, size: int, accepted: bool) -> Reply:
+        """Send *message* by BDAT (RFC 3030), if that is not done; return the reply to it."""
+        if self._data_written:
+            self._step = "data"
+            reply = self._answer(final=accepted)
+            if not accepted and reply.outcome == "sent":
+                raise _Lost(Reply(451, f"4.5.0 taken for nobody: {reply}", self.relay))
+            return reply
+        if not accepted:
+            return _NOBODY
+        self._step = "data"
+        unanswered = sent = 0
+        reply = _NOBODY
+        for chunk in _wire_pieces(message, dots=False):
+            sent += len(chunk)
+            last = b" LAST" if sent == size else b""
+            self._write(b"BDAT %d%s\r\n%s" % (len(chunk), last, chunk))
+            unanswered += 1
+            while unanswered and (last or unanswered > _CHUNKS_AHEAD):
+                unanswered -= 1
+                reply = self._answer(final=bool(last))
+                if reply.outcome != "sent" and unanswered:
+                    raise _Lost(reply)  # what the relay makes of the other chunks is nobody's business
+        return reply
+
+    def _send_by_data(self, message: bytes, accepted: bool, written: bool) -> Reply:
+        """Send *message* by DATA, which may be *written*; return the reply to it."""
+        if not accepted and not written:
+            return _NOBODY
+        reply = self._answer_to(b"DATA\r\n", written, go_ahead=354)
+        if reply.code == 354:
+            self._step = "data"
+            if not accepted:  # a relay may say so though it has no recipient (RFC 2920, 3.1)
+                message = b""
+            for piece in _wire_pieces(message, dots=True):
+                self._write(piece)
+            return self._answer(final=True)
+        if reply.outcome == "sent":
+            raise _Lost(Reply(451, f"4.5.0 unexpected reply to DATA: {reply}", self.relay))
+        return reply
+
+    def _expect_silence(self) -> None:
+        """Raise `_Lost` if the relay has said something unasked: it would be taken for the next reply."""
+        unasked = bytes(self._received)
+        try:
+            self.sock.settimeout(0)
+            unasked += self.sock.recv(_REPLY_LINE)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            if not unasked:
+                return
+        except OSError as error:
+            raise self._lost(error) from error
+        raise _Lost(Reply(421, f"4.4.2 connection out of step: {_printable(unasked)}", self.relay), again=True)
+
+    def _write(self, data: bytes) -> None:
+        """Write *data*, under the timeout.
+
+        If that fails, what the relay has said by then is read first: it is the reason, and Linux
+        keeps it behind a reset.
+        """
+        if self._broken is not None:
+            return
+        try:
+            self.sock.settimeout(self.timeout)
+            self.sock.sendall(data)
+        except OSError as error:
+            self._broken = error
+
+    def _answer_to(self, command: bytes, written: bool, go_ahead: int = 0) -> Reply:
+        """Return the reply to *command*, which is written first, unless it was written with others."""
+        if not written:
+            self._write(command)
+        return self._answer(go_ahead=go_ahead)
+
+    def _answer(self, final: bool = False, go_ahead: int = 0) -> Reply:
+        """Return the next reply.  Raise `_Lost` where there is none, or none that we could go on after."""
+        seconds = self.timeout
         if final:
-            smtp.sock.settimeout(_FINAL_REPLY_TIMEOUT)
-            doubt = "; the relay may have taken the message"
-        reply = Reply(*smtp.getreply())
-    except OSError as error:  # SMTPException is one: the end, or a line too long
-        raise _Lost(Reply(451, f"4.4.2 connection lost: {_reason(error)}{doubt}")) from error
-    if not (200 <= reply.code < 300 or 400 <= reply.code < 600 or reply.code == go_ahead):  # smtplib's -1 is none
-        raise _Lost(Reply(451, f"4.4.2 unintelligible reply{doubt}: {reply.text}"))
-    if reply.code == 421:  # the relay closes the connection (RFC 5321, 3.8)
-        raise _Lost(reply)
-    return reply
+            seconds = _FINAL_REPLY_TIMEOUT
+        if self._broken is not None:
+            seconds = _LAST_WORDS_TIMEOUT
+        try:
+            reply = Reply(*self._read_reply(seconds), self.relay)  # type: ignore[arg-type]
+        except OSError as error:
+            raise self._lost(self._broken or error) from error
+        if reply.code == 421:
+            raise _Lost(reply, again=self._step != "data")
+        understood = 200 <= reply.code < 300 or 400 <= reply.code < 600 or reply.code == go_ahead
+        too_early = final and self._broken is not None and reply.outcome == "sent"
+        if not understood or too_early:
+            raise self._lost(f"unexpected reply: {reply}")
+        return reply
+
+    def _lost(self, reason: Any) -> _Lost:
+        """Return what a lost connection means to the message on its way."""
+        text = f"4.4.2 connection lost: {_reason(reason)}"
+        if self._step == "data":
+            text += "; the relay may have taken the message"
+        timed_out = isinstance(reason, TimeoutError)
+        before_data = self._step == "MAIL" or (self._step == "RCPT" and not self._data_written)
+        return _Lost(Reply(421, text, self.relay), again=before_data and not timed_out)
+
+    def _read_reply(self, seconds: float) -> tuple[int, bytes]:
+        """Read one reply (RFC 5321, 4.2), all of it within *seconds*.  Raise `OSError` if it does not come."""
+        deadline = time.monotonic() + seconds
+        texts = []
+        for _ in range(_REPLY_LINES):
+            line = self._read_line(deadline)
+            if not line[:3].isdigit():
+                return -1, line
+            texts.append(line[4:])
+            if line[3:4] != b"-":
+                return int(line[:3]), b"\n".join(texts)
+        raise smtplib.SMTPServerDisconnected("a reply of more than 1,000 lines")
+
+    def _read_line(self, deadline: float) -> bytes:
+        while (end := self._received.find(b"\n")) < 0:
+            if len(self._received) > _REPLY_LINE:
+                raise smtplib.SMTPServerDisconnected("a line without an end")
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                raise TimeoutError("timed out")
+            if hasattr(socket, "TCP_QUICKACK"):  # or a relay that writes each reply by itself waits 40 ms for our ACK
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            self.sock.settimeout(seconds)
+            data = self.sock.recv(_CHUNK)
+            if not data:
+                raise smtplib.SMTPServerDisconnected("closed by the relay")
+            self._received += data
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        return line.rstrip(b"\r")
+
+
+class _TLSDialogue(_Dialogue, smtplib.SMTP_SSL):
+    """The same, with TLS from the start (RFC 8314)."""
 
 
 class _Kept(threading.local):
     """What a thread keeps of a mailer: the connection, the process that made it, how often the mailer was entered."""
-    smtp: Any = None
-    pid = depth = 0
-    stage = ""  # of the dialogue: 'MAIL' until that is answered, then 'RCPT', then 'end': not to be tried again
+
+    dialogue: _Dialogue | None = None
+    pid = 0
+    depth = 0
+
+
+def _checked_number(name: str, value: Any, kind: type = float) -> Any:
+    """Return *value*, a positive number.  Raise `TypeError` or `ValueError`, naming it, if it is none."""
+    kinds: Any = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number ({kind.__name__}), not {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, not {value!r}")
+    return value
+
+
+def _parse_relays(hostname: str, port: int | str) -> list[tuple[str, int]]:
+    """Return host and port of each relay in *hostname*.  Raise `ValueError` or `TypeError`."""
+    if not isinstance(hostname, str):
+        raise TypeError(f"hostname must be a string, not {hostname!r}")
+    if isinstance(port, str) and port.strip().isdecimal():  # as it comes from a configuration file
+        port = int(port)
+    if not isinstance(port, int) or not 0 < port < 65536:
+        raise ValueError(f"port must be a number from 1 to 65535, not {port!r}")
+    relays = []
+    for text in hostname.split(","):
+        found = _RELAY.fullmatch(text.strip())
+        if not found or not 0 < int(found[3] or port) < 65536:
+            raise ValueError(f"hostname must be HOST or HOST:PORT, or several with commas between, not {hostname!r}")
+        relays.append((found[1] or found[2] or found[4], int(found[3] or port)))
+    return relays
 
 
 class SMTPMailer:
-    """Send by SMTP to one relay; as a context manager, keep one connection per thread for all that is sent inside.
+    """Send by SMTP to a relay; as a context manager, keep one connection per thread for all that is sent inside.
 
-    TLS is used where the relay offers it, unless *no_tls*; *force_tls* requires STARTTLS, and *implicit_tls* is TLS
-    from the start (port 465).  Certificate and host name are verified, by *context* or the system's authorities,
-    wherever TLS is required or a password is sent, and no password crosses another connection, unless *no_tls*.
-    *password* is a string, or a callable that is asked at every login; *auth* is the one mechanism to use (CRAM-MD5,
-    PLAIN, LOGIN, XOAUTH2), by default the relay's best of the first three.  *timeout* is in seconds, for each step;
-    the reply to the data has ten minutes.  Raise `ValueError` for what is wrong or contradicts itself.
+    *hostname* is a relay, `HOST` or `HOST:PORT`, or several in order of preference, with commas
+    between; a connection goes to the first that is ready.  *port* is the default, a number or its
+    digits.
+
+    TLS is used where the relay offers it, unless *no_tls*; *force_tls* requires STARTTLS, and
+    *implicit_tls* is TLS from the start (port 465).  Certificate and host name are verified, by
+    *context* or the system's authorities, wherever TLS is required or a password is sent, and no
+    password crosses another connection, unless *no_tls*.  *password* is a string, or a callable that
+    is asked at every login; *auth* is the one mechanism to use (CRAM-MD5, PLAIN, LOGIN, XOAUTH2), by
+    default the relay's best of the first three.
+
+    *timeout* is in seconds, for each step: connecting, a write, a whole reply; but the reply to the
+    data has ten minutes.  Raise `ValueError` or `TypeError` for what is wrong or contradicts itself.
     """
 
     def __init__(
-        self, hostname: str = "localhost", port: int = 25, username: str | None = None,
+        self, hostname: str = "localhost", port: int | str = 25, username: str | None = None,
         password: str | Callable[[], str] | None = None, no_tls: bool = False, force_tls: bool = False,
         implicit_tls: bool = False, *, auth: str | None = None, timeout: float = 60,
         context: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
-        if not hostname or not 0 < port < 65536 or not timeout > 0 or (auth or "PLAIN").upper() not in _MECHANISMS:
-            raise ValueError(f"bad host name, port, timeout or auth: {hostname!r}, {port}, {timeout}, {auth}")
+        self._relays = _parse_relays(hostname, port)
+        self._timeout = _checked_number("timeout", timeout)
+        self._auth = None
+        if auth is not None:
+            self._auth = str(auth).upper()
+            if self._auth not in _MECHANISMS:
+                raise ValueError(f"auth must be one of {', '.join(_MECHANISMS)}, not {auth!r}")
         if no_tls and (force_tls or implicit_tls):
             raise ValueError("no_tls contradicts force_tls and implicit_tls")
         if (username is None) != (password is None):
             raise ValueError("username and password go together: one is missing")
+        self._username = username
+        self._password = password
+        self._implicit_tls = implicit_tls
+        self._starttls = not (no_tls or implicit_tls)
         self._verified = force_tls or implicit_tls or (username is not None and not no_tls)
-        if context and self._verified and not context.check_hostname:
-            raise ValueError("a context must verify certificate and host name where TLS is required or a password sent")
-        if context is None and self._verified:
+        if context is None:
             context = ssl.create_default_context()
-        elif context is None:  # RFC 7435: better than nothing
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        self._relay, self._implicit_tls, self._starttls = (hostname, port), implicit_tls, not (no_tls or implicit_tls)
-        self._username, self._password, self._auth = username, password, auth and auth.upper()
-        self._timeout, self._context, self._kept = timeout, context, _Kept()
+            if not self._verified:  # RFC 7435: better than nothing
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+        elif self._verified and not context.check_hostname:
+            raise ValueError("a context must verify certificate and host name where TLS is required or a password sent")
+        self._context = context
+        self._kept = _Kept()
         self._ehlo_name: str | None = None  # looked up once, for that may be slow
 
     def __str__(self) -> str:
-        return "%s:%d" % self._relay
+        return ",".join("%s:%d" % relay for relay in self._relays)
 
     def __enter__(self) -> SMTPMailer:
-        """Connect, unless this thread is connected.  May raise `RelayUnavailable`."""
-        kept = self._kept
-        if kept.pid != os.getpid():  # a fork has no part in its parent's dialogue
-            self._disconnect()
-        if kept.smtp is None:
-            kept.smtp, kept.pid = self._connect(), os.getpid()
-        kept.depth += 1
+        """Connect, unless this thread is connected.  Raise `RelayUnavailable` if no relay can be used."""
+        if not self._is_connected():
+            self._kept.dialogue = self._connect()
+            self._kept.pid = os.getpid()
+        self._kept.depth += 1
         return self
 
     def __exit__(self, *_exc_info: object) -> None:
         self._kept.depth -= 1
-        if self._kept.depth == 0:
-            self._disconnect(b"QUIT\r\n")
+        if self._kept.depth <= 0:
+            self._disconnect()
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> dict[str, Reply]:
-        """Send *message*; return a `Reply` for each of *toaddrs*.  May raise `RelayUnavailable`, `ValueError`."""
+        """Send *message*; return a `Reply` for each of *toaddrs*.
+
+        Raise `RelayUnavailable`, or `ValueError` for an address with control characters.
+        """
         if not "".join((fromaddr, *toaddrs)).isprintable():
             raise ValueError("an address holds control characters")
-        kept, replies = self._kept, dict[str, Reply]()
-        reused = kept.smtp is not None and kept.pid == os.getpid()  # the relay may have dropped it meanwhile
+        kept = self._is_connected()  # the relay may have dropped it meanwhile
         with self:
             try:
-                self._transact(fromaddr, toaddrs, message, replies)
-                return replies
-            except BaseException as error:
-                self._disconnect()
-                if not isinstance(error, _Lost):
-                    raise
-                lost: Reply = error.args[0]
-            if reused and kept.stage != "end":
-                return self.send(fromaddr, toaddrs, message)  # once: the connection is a new one
-            if kept.stage == "MAIL":
-                raise RelayUnavailable(f"{self}: {lost}")
-            return {a: replies[a] if a in replies and replies[a].outcome != "sent" else lost for a in toaddrs}
+                return self._dialogue().transact(fromaddr, toaddrs, message, kept)
+            except _Dropped:
+                self._kept.dialogue = self._connect()
+                return self._dialogue().transact(fromaddr, toaddrs, message, kept=False)
 
-    def _transact(self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply]) -> None:
-        """Do one mail transaction (RFC 5321, 3.3), filling *replies*.  May raise `_Lost` and `RelayUnavailable`."""
-        smtp, self._kept.stage = self._kept.smtp, "MAIL"
-        mail, recipients = _mail_command(smtp.esmtp_features, fromaddr, toaddrs, message, replies)
-        if not recipients:
-            return
-        smtp.sock.settimeout(0)
-        with contextlib.suppress(OSError):  # nothing, over TLS; or the end, which shows soon enough
-            if unasked := smtp.file.peek():  # it would be taken for the reply to what we say next
-                raise _Lost(Reply(451, f"4.5.0 out of step: {_printable(unasked)}"))
-        smtp.sock.settimeout(self._timeout)
-        commands = [mail, *(b"RCPT TO:<%s>\r\n" % recipient for recipient in recipients.values()), b"DATA\r\n"]
-        pipelined = smtp.has_extn("pipelining") and len(recipients) <= _GROUP  # more could fill the buffers both ways
-        # what to write before each reply; RFC 2920: all at once, then nothing
-        writes = [[b"".join(commands)]] + [[]] * len(commands) if pipelined else [[command] for command in commands]
-        sender = _answer(smtp, writes[0])
-        if sender.code in _LOGIN_WANTED:
-            raise RelayUnavailable(f"{self}: {sender}")
-        self._kept.stage, refused = "RCPT", sender.outcome != "sent"
-        if refused:
-            replies.update(dict.fromkeys(recipients, sender.judged()))
-        for address, write in zip(recipients, writes[1:]) if pipelined or not refused else ():
-            reply = _answer(smtp, write)
-            if not refused:
-                replies[address] = reply.judged()
-        accepted = [address for address in recipients if replies[address].outcome == "sent"]
-        if accepted or pipelined:
-            reply = _answer(smtp, writes[-1], go_ahead=354)
-            if reply.code == 354:  # a relay may say so though it has no recipient (RFC 2920, 3.1)
-                self._kept.stage = "end"
-                reply = _answer(smtp, _wire_pieces(message if accepted else b""), final=True)  # nothing raises after it
-            elif reply.outcome == "sent":
-                raise _Lost(Reply(451, f"4.5.0 unexpected reply to DATA: {reply}"))
-            replies.update(dict.fromkeys(accepted, reply.judged()))
-        if self._kept.stage == "RCPT" and not refused:
-            self._kept.stage = "end"
-            if _answer(smtp, [b"RSET\r\n"]).outcome != "sent":  # the next message would be nested in this one
-                raise _Lost(_NO_REPLY)
+    def _dialogue(self) -> _Dialogue:
+        assert self._kept.dialogue is not None
+        return self._kept.dialogue
 
-    def _disconnect(self, last_word: bytes = b"") -> None:
-        """Close the connection; the reply to a QUIT is nobody's business, and a QUIT none of a fork's."""
-        smtp, self._kept.smtp = self._kept.smtp, None
-        if smtp is not None:
-            with contextlib.suppress(Exception), contextlib.closing(smtp):
-                smtp.sock.sendall(last_word if self._kept.pid == os.getpid() else b"")
+    def _is_connected(self) -> bool:
+        kept = self._kept
+        if kept.pid != os.getpid():  # a fork has no part in its parent's dialogue
+            if kept.dialogue is not None:
+                kept.dialogue.close()
+            kept.dialogue = None
+            kept.depth = 0
+        return kept.dialogue is not None and kept.dialogue.sock is not None
 
-    def _connect(self) -> Any:
-        """Return a connection that is ready for MAIL.  Raise `RelayUnavailable` for whatever goes wrong."""
-        smtp: Any = None
+    def _disconnect(self) -> None:
+        """Close the connection; the reply to a QUIT is nobody's business."""
+        if self._is_connected():
+            dialogue = self._dialogue()
+            with contextlib.suppress(OSError):
+                dialogue._write(b"QUIT\r\n")
+                dialogue.close()
+        self._kept.dialogue = None
+
+    def _connect(self) -> _Dialogue:
+        """Return a connection to the first relay that is ready for MAIL.  Raise `RelayUnavailable` if none is."""
+        troubles = []
+        for relay in self._relays:
+            try:
+                dialogue = self._connect_to(relay)
+            except RelayUnavailable as error:
+                troubles.append(str(error))
+                continue
+            if troubles:
+                _log.warning("using relay %s: %s", dialogue.relay, "; ".join(troubles))
+            return dialogue
+        raise RelayUnavailable("; ".join(troubles))
+
+    def _connect_to(self, relay: tuple[str, int]) -> _Dialogue:
+        """Return a connection to *relay*.  Raise `RelayUnavailable` for whatever goes wrong."""
+        dialogue: _Dialogue | None = None
         try:
             if self._implicit_tls:
-                smtp = smtplib.SMTP_SSL(*self._relay, self._ehlo_name, timeout=self._timeout, context=self._context)
+                dialogue = _TLSDialogue(relay, self._ehlo_name, self._timeout, context=self._context)
             else:
-                smtp = smtplib.SMTP(*self._relay, self._ehlo_name, timeout=self._timeout)
-            self._ehlo_name = smtp.local_hostname
-            smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last piece waits for an ACK
-            reply = smtp.ehlo()
-            if self._starttls and smtp.has_extn("starttls"):
-                try:
-                    smtp.starttls(context=self._context)
-                    reply = smtp.ehlo()
-                except smtplib.SMTPResponseException as error:
-                    if self._verified or smtp.sock is None or error.smtp_code in (-1, 421):  # more than a refusal
-                        raise
-            if reply[0] != 250:
-                raise smtplib.SMTPHeloError(*reply)
-            if self._verified and not isinstance(smtp.sock, ssl.SSLSocket):
-                raise RelayUnavailable("TLS is required, but STARTTLS is not offered")
+                dialogue = _Dialogue(relay, self._ehlo_name, self._timeout)
+            self._ehlo_name = dialogue.local_hostname
+            dialogue.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last piece waits for an ACK
+            self._greet(dialogue)
             if self._username is not None:
-                self._login(smtp)
-            return smtp
+                self._login(dialogue)
+            return dialogue
         except BaseException as error:
-            if smtp is not None:
-                smtp.close()
+            if dialogue is not None:
+                dialogue.close()
             if isinstance(error, Exception):
-                raise RelayUnavailable(f"{self}: {_reason(error)}") from error
+                hint = self._hint(error, greeted=dialogue is not None)
+                raise RelayUnavailable("%s:%d: %s%s" % (*relay, _reason(error), hint)) from error
             raise
 
-    def _login(self, smtp: Any) -> None:
+    def _greet(self, dialogue: _Dialogue) -> None:
+        """Say EHLO and, where it is wanted and offered, STARTTLS and EHLO again: the latest EHLO counts."""
+        reply = dialogue.ehlo()
+        if self._starttls and dialogue.has_extn("starttls"):
+            try:
+                dialogue.secure(self._context)
+                reply = dialogue.ehlo()
+            except smtplib.SMTPResponseException as error:
+                if self._verified or dialogue.sock is None or error.smtp_code in (-1, 421):  # more than a refusal
+                    raise
+        if reply[0] != 250:
+            raise smtplib.SMTPHeloError(*reply)
+        if self._verified and not isinstance(dialogue.sock, ssl.SSLSocket):
+            raise RelayUnavailable("TLS is required, but STARTTLS is not offered")
+
+    def _hint(self, error: Exception, greeted: bool) -> str:
+        """Return what to do about *error*, for those who meet it first."""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return " (for an authority of your own, set SSL_CERT_FILE)"
+        if isinstance(error, ssl.SSLError) and self._implicit_tls:
+            return " (does this port speak TLS from the start? else without --implicit-tls)"
+        silent = isinstance(error, (TimeoutError, smtplib.SMTPServerDisconnected, ConnectionResetError))
+        if silent and not greeted and not self._implicit_tls:
+            return " (no SMTP greeting: for a port that speaks TLS from the start, such as 465, use --implicit-tls)"
+        return ""
+
+    def _login(self, dialogue: _Dialogue) -> None:
         """Log in by one mechanism, once: after a second try on a 535, accounts get locked."""
-        offered = smtp.esmtp_features.get("auth", "").upper().split()
-        mechanism = self._auth or next((m for m in _MECHANISMS[:3] if m in offered), "PLAIN")
-        password = self._password() if callable(self._password) else self._password
+        offered = dialogue.esmtp_features.get("auth", "").upper().split()
+        mechanism = self._auth
+        if mechanism is None:
+            mechanism = next((m for m in _MECHANISMS[:3] if m in offered), "PLAIN")
         if mechanism not in offered:
             raise RelayUnavailable(f"AUTH {mechanism} is not offered")
-        if not f"{self._username}{password}".isascii():  # smtplib's error would show a part of it
-            raise RelayUnavailable("username and password must be ASCII")
-        smtp.user, smtp.password = self._username, password
-        method = f"auth_{mechanism.lower().replace('-', '_')}"  # smtplib has none for XOAUTH2
-        token = f"user={self._username}\1auth=Bearer {password}\1\1"  # and '' acknowledges its refusal
-        reply = smtp.auth(mechanism, getattr(smtp, method, lambda challenge=None: token if challenge is None else ""))
+        dialogue.user = self._username
+        dialogue.password = self._ask_password()
+        methods: dict[str, Any] = {
+            "CRAM-MD5": dialogue.auth_cram_md5, "PLAIN": dialogue.auth_plain, "LOGIN": dialogue.auth_login,
+        }  # fmt: skip
+
+        def xoauth2(challenge: bytes | None = None) -> str:  # which smtplib has not
+            if challenge is None:
+                return f"user={self._username}\1auth=Bearer {dialogue.password}\1\1"
+            return ""  # acknowledges the refusal
+
+        reply = dialogue.auth(mechanism, methods.get(mechanism, xoauth2))
         if reply[0] != 235:  # smtplib takes a 503, too, which would say that we had logged in before
             raise smtplib.SMTPAuthenticationError(*reply)
+
+    def _ask_password(self) -> str:
+        """Return the password.  Raise `RelayUnavailable` if it can't be had, without a word of it."""
+        password: Any = self._password
+        if callable(password):
+            try:
+                password = password()
+            except OSError as error:
+                raise RelayUnavailable(f"no password: {_reason(error)}") from None
+            except Exception as error:  # whose text may show a part of it
+                raise RelayUnavailable(f"no password: {type(error).__name__} where it is read") from None
+        if not isinstance(password, str) or not f"{self._username}{password}".isascii():
+            raise RelayUnavailable("username and password must be ASCII text")
+        return password
 
 
 @dataclasses.dataclass
 class StreamMailer:
     """Print, which counts as sent, on *stream* (None: standard output): for a first try, and for development."""
+
     stream: TextIO | None = None
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> None:
         """Print envelope and message.  Raise `RelayUnavailable` if the stream does not take them."""
+        recipients = ",".join(f"<{address}>" for address in toaddrs)
         body = message.decode("utf-8", "replace").replace("\r\n", "\n").rstrip()
         stream: Any = self.stream or sys.stdout  # which is None where it is closed
         try:
-            text = f"MAIL FROM:<{fromaddr}> RCPT TO:<{'>,<'.join(toaddrs)}>\n{body}\n\n"
-            stream.write(_encodable(text, stream))
+            stream.write(_encodable(f"MAIL FROM:<{fromaddr}> RCPT TO:{recipients}\n{body}\n\n", stream))
             stream.flush()
         except (OSError, ValueError, AttributeError) as error:  # closed, in one of three ways
             raise RelayUnavailable(f"cannot print: {_reason(error)}") from error
@@ -675,7 +1246,11 @@ class StreamMailer:
 
 # -------------------------------------------------------------------------------------------------- Maildir
 
-_DUE = re.compile(r",due=\d+\Z")
+_ESSENTIAL = {"tmp", "new", "cur"}
+_DIRECTORIES = ("tmp", "new", "cur", "deferred", ".failed", ".failed/tmp", ".failed/new", ".failed/cur")
+_ARRIVAL = re.compile(r"(\d+)(?:\.M(\d{6})P)?")  # of a name: the seconds and, if it is ours, the microseconds
+_DUE = re.compile(r"(\d{10})\.(?!M\d+P)")  # what comes before the name in deferred/, but not a name itself
+_OLDEST = 1577836800  # 2020: before it there was no such queue, so a time that is older tells that a clock was wrong
 _counter = itertools.count()
 
 
@@ -687,26 +1262,24 @@ def _new_name() -> str:
     return f"{seconds}.M{micros:06}P{os.getpid()}Q{unique}.{host}"
 
 
-def _age(name: str, file: str | int, now: float) -> float:
-    """Return the seconds since a message arrived, by its name; a foreign name tells nothing, but its *file* does."""
-    seconds = name.partition(".")[0]
-    return now - (float(seconds) if seconds.isdecimal() else os.stat(file).st_mtime)
+def _age(name: str, status: os.stat_result, now: float) -> float:
+    """Return the seconds since a message arrived: by its name or, where that tells nothing, by its file."""
+    found = _ARRIVAL.match(name)
+    arrival = 0.0
+    if found:
+        arrival = int(found[1]) + int(found[2] or 0) / 1e6
+    for other in (status.st_mtime, status.st_ctime):
+        if arrival < _OLDEST:
+            arrival = other
+    return now - arrival
 
 
-def _schedule(names: Iterable[str], now: float) -> tuple[list[str], int, float]:
-    """Return which of *names* are due at *now*, how many are not, and when to look again.
-
-    One that says more than the longest backoff comes from a wrong clock: it is due.
-    """
-    this_second, latest = f"{int(now):010}", f"{int(now + _BACKOFF_MAX):010}"
-    due, waiting, next_due = list[str](), 0, latest
-    for name in names:
-        when = name[-10:]  # compared as text, which is quick: there may be 100,000
-        if this_second < when <= latest and name[-15:-10] == ",due=" and when.isdecimal():
-            waiting, next_due = waiting + 1, when if when < next_due else next_due
-        else:
-            due.append(name)
-    return due, waiting, float(next_due)
+def _due_time(name: str, now: float) -> float:
+    """Return the time at which a message in deferred/ is due: 0, if its name tells none, or a wrong one."""
+    found = _DUE.match(name)
+    if found is None or int(found[1]) > now + _BACKOFF_MAX:
+        return 0.0
+    return float(found[1])
 
 
 def _backoff(age: float) -> float:
@@ -714,76 +1287,219 @@ def _backoff(age: float) -> float:
     return min(max(age, _BACKOFF_MIN), _BACKOFF_MAX)
 
 
-def _fsync(*paths: str) -> None:
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+def _fsync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _fsync_all(paths: Sequence[str]) -> None:
+    """Make files durable, side by side where they are many: a disk takes many fsyncs together.
+
+    Raise the first `OSError`; no fsync is tried again, for the second one would say yes.
+    """
+    errors: list[OSError] = []
+
+    def work(share: Sequence[str]) -> None:
         try:
-            os.fsync(fd)
-        finally:
+            for path in share:
+                _fsync(path)
+        except OSError as error:
+            errors.append(error)
+
+    threads = []
+    if len(paths) > 3:
+        for first in range(1, _FSYNCS_AT_ONCE):
+            share = paths[first::_FSYNCS_AT_ONCE]
+            thread = threading.Thread(target=work, args=(share,))
+            try:
+                thread.start()
+                threads.append(thread)
+            except RuntimeError:  # there are no more threads, as at interpreter exit
+                work(share)
+        paths = paths[::_FSYNCS_AT_ONCE]
+    work(paths)
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+_fork_lock = threading.RLock()  # held while a claim is opened, exchanged or closed: a fork waits for that
+_claimed: set[int] = set()  # the descriptors of this process's claims
+
+
+def _close_in_child() -> None:
+    """Close the copies that a fork made, without unlocking: the locks are the parent's, and must end with it."""
+    for fd in _claimed:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    _claimed.clear()
+    _fork_lock.release()
+
+
+os.register_at_fork(before=_fork_lock.acquire, after_in_parent=_fork_lock.release, after_in_child=_close_in_child)
+
+
+def _open_locked(path: str) -> int | None:
+    """Open and lock a file.  None: it is gone, or a living process holds it.  Raise `OSError` for trouble."""
+    with _fork_lock:
+        try:  # O_RDWR: NFS locks nothing else exclusively.  O_NONBLOCK: a FIFO must not stop us
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        _claimed.add(fd)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(status, os.lstat(path)):  # or else it was moved or replaced before we had the lock
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        _unlock(fd)
+        raise
+    _unlock(fd)
+    return None
+
+
+def _unlock(fd: int) -> None:
+    """Unlock and close.  Closing alone would not unlock it while a forked child holds a copy of the descriptor."""
+    with _fork_lock:
+        if fd in _claimed:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            _close_claimed(fd)
+
+
+def _close_claimed(fd: int) -> None:
+    with _fork_lock:
+        _claimed.discard(fd)
+        with contextlib.suppress(OSError):
             os.close(fd)
 
 
-def _insist(call: Callable[..., None], *args: str) -> None:
-    """Call, and again a few times while it raises `OSError`: for what must not fail."""
-    for _ in range(2):
-        with contextlib.suppress(OSError):
-            return call(*args)
-    return call(*args)
+def _read_head(fd: int) -> bytes:
+    """Return the beginning of a file: envelope and headers at least, if they take no more than 16 MB."""
+    head = b""
+    for size in (_CHUNK, _CHUNK << 4, _HEAD):
+        head = os.pread(fd, size, 0)
+        if len(head) < size or _BLANK_LINE.search(head):
+            break
+    return head
 
 
 class Maildir:
     """A queue: the Maildir at *path*, made where it is missing, unless *create* is false.
 
-    Directories are made 0700 and files 0600; where the queue's own directory has wider rights, they follow it.
-    Raise `ValueError` for a directory that is something else, `FileNotFoundError` and other `OSError`s.
+    Directories are made 0700 and files 0600; where `new/` (or, while that is missing, the queue) has
+    wider rights, what is made follows them.  No link is followed inside the queue.  Raise
+    `ValueError` for a directory that is something else, `FileNotFoundError` and other `OSError`s.
     """
 
     def __init__(self, path: str | os.PathLike[str], create: bool = True) -> None:
-        self.path, self._mode = os.fspath(path), 0o700
+        self.path = os.fspath(path)
         if self.path and not os.path.isabs(self.path):  # the process may change its directory
-            # not abspath(), for '..' may follow a link
-            self.path = os.path.join(os.getcwd(), self.path)
+            self.path = os.path.join(os.getcwd(), self.path)  # not abspath(), for '..' may follow a link
+        self._mode = 0o700
+        self._durable: set[str] = set()  # directories that were made durable
         if create and not os.path.lexists(self.path):
-            self._make_directories("")  # the queue's own
-        present, wanted = set(os.listdir(self.path)), {"tmp", "new", "cur"}
-        if wanted - present and (present - wanted or not create):
+            self._make_directory(".")
+        present = set(os.listdir(self.path))
+        missing = _ESSENTIAL - present
+        if missing and (present - _ESSENTIAL or not create):
             raise ValueError(f"{self.path} is not a Maildir; left as it is")
-        self._mode = stat.S_IMODE(os.stat(self.path).st_mode)
-        if wanted - present:
-            self._make_directories(*wanted)
-            _fsync(self._path("."), self._path(".."))  # these, for the path may be a link
+        self._refuse_links()
+        model = self._path("new")
+        if "new" in missing:
+            model = self.path
+        self._mode = stat.S_IMODE(os.stat(model).st_mode)
+        for directory in missing:
+            self._make_directory(directory)
+        _fsync(self._path("."))  # whoever made what is there: it may have died before it could
+        with contextlib.suppress(PermissionError):
+            _fsync(self._path(".."))
 
     def add(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Queue a message durably, without a transaction; return its id.  Arguments and errors: see `send()`."""
-        message_id, recipients, content = _prepare(fromaddr, toaddrs, message)
-        self._store("new", fromaddr, recipients, content)
+        draft = _check(fromaddr, toaddrs, message)
+        self._store("new", draft.fromaddr, draft.toaddrs, draft.content)
         self._wake()
-        return message_id
+        return draft.message_id
 
     def _path(self, *parts: str) -> str:
         return "/".join((self.path, *parts))
 
     def _names(self, directory: str) -> Iterator[str]:
         """Yield the names of the messages in *directory*: dot-files, links, FIFOs and the like are none."""
-        with os.scandir(self._path(directory)) as entries:
-            yield from (e.name for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
+        try:
+            fd = os.open(self._path(directory), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            if directory in _ESSENTIAL:
+                raise
+            return
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    if entry.name[0] != "." and entry.is_file(follow_symlinks=False):
+                        yield entry.name
+        finally:
+            os.close(fd)
 
-    def _make_directories(self, *directories: str) -> None:
-        for directory in directories:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(self._path(directory), 0o700)
-                os.chmod(self._path(directory), self._mode | 0o700)
+    def _refuse_links(self) -> None:
+        """Raise `OSError` if a directory of the queue is a link: it would lead us to somebody's other files."""
+        for directory in _DIRECTORIES:
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISLNK(os.lstat(self._path(directory)).st_mode):
+                    raise OSError(f"{self._path(directory)} is a link; nothing is done in this queue")
+
+    def _make_directory(self, directory: str) -> None:
+        """Make *directory*, if it is missing, with the rights of the queue."""
+        path = self._path(directory).removesuffix("/.")
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            return
+        self._durable.discard(directory)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            os.fchmod(fd, self._mode | 0o700)
+        finally:
+            os.close(fd)
+
+    def _folder(self, directory: str, *within: str) -> str:
+        """Return *directory*, which is made when it is first needed, with those *within*, and made durable."""
+        for name in (directory, *within):
+            self._make_directory(name)
+        if directory not in self._durable:
+            _fsync(self._path(directory))
+            _fsync(self._path("."))
+            self._durable.add(directory)
+        return directory
+
+    def _deferred_folder(self) -> str:
+        return self._folder("deferred")
+
+    def _failed_folder(self) -> str:
+        """Return the directory for what is given up, in a Maildir++ folder."""
+        return self._folder(".failed", ".failed/tmp", ".failed/cur", ".failed/new") + "/new"
 
     def _write(self, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "", sync: bool = False) -> str:
         """Write a complete file in tmp/, envelope first; return its name."""
         name = _new_name()
-        text = "".join(("X-Zope-From: ", fromaddr, "\nX-Zope-To: ", ", ".join(toaddrs), "\n"))  # of an Enum, the value
+        envelope = f"X-Zope-From: {fromaddr}\nX-Zope-To: {', '.join(toaddrs)}\n"
         if error or message[:17].lower() == b"x-sendmail-error:":  # the message's own would pass for ours
-            text += f"X-Sendmail-Error: {error}\n"
+            envelope += f"X-Sendmail-Error: {error}\n"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
-            with open(self._path("tmp", name), "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            with open(os.open(self._path("tmp", name), flags, 0o600), "wb") as file:
                 os.fchmod(file.fileno(), self._mode & 0o666 | 0o600)
-                file.writelines((text.encode(), message))
+                file.write(envelope.encode())
+                file.write(message)
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
@@ -797,35 +1513,28 @@ class Maildir:
         with contextlib.suppress(OSError):
             os.unlink(self._path("tmp", name))
 
-    def _sync(self, names: Sequence[str]) -> None:
-        """Make files in tmp/ durable, side by side where there are many: a disk takes many fsyncs together."""
-        paths = [self._path("tmp", name) for name in names]
-        if len(paths) > 3:
-            with contextlib.suppress(RuntimeError), concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-                list(pool.map(lambda share: _fsync(*share), [paths[i::_AT_ONCE] for i in range(_AT_ONCE)]))
-                return  # or else there are no more threads, as at interpreter exit
-        _fsync(*paths)
-
-    def _publish(self, names: Iterable[str], directory: str = "new") -> dict[str, OSError]:
-        """Move complete files out of tmp/, durably; return what could not be moved."""
-        failures = {}
-        for name in names:
-            try:
-                _insist(os.rename, self._path("tmp", name), self._path(directory, name))
-            except OSError as error:  # NFS may say so of what it has done
-                if not os.path.isfile(self._path(directory, name)):
-                    failures[name] = error
+    def _publish(self, name: str, directory: str = "new") -> None:
+        """Move a complete file out of tmp/: from here on it is in the queue.  Raise `OSError` if it stays."""
+        source = self._path("tmp", name)
         try:
-            _fsync(self._path(directory))  # once: a second fsync would hide what the first has lost
-        except OSError as error:  # they are there, and go out, if the power stays on
-            _log.error("cannot make %s durable: %s", self._path(directory), _reason(error))
-        return failures
+            os.rename(source, self._path(directory, name))
+        except OSError:  # which NFS may say of what it has done
+            if _exists(source):
+                raise
+
+    def _secure(self, *directories: str) -> None:
+        """Make *directories* durable; if one can't be, what is there goes out all the same, if the power stays on."""
+        for directory in directories:
+            try:
+                _fsync(self._path(directory))
+            except OSError as error:
+                _log.error("cannot make %s durable: %s", self._path(directory), _reason(error))
 
     def _store(self, directory: str, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "") -> None:
         """Put a complete file in *directory*, durably; if that fails, what was written is litter."""
         name = self._write(fromaddr, toaddrs, message, error, sync=True)
-        if failure := self._publish([name], directory).get(name):
-            raise failure
+        self._publish(name, directory)
+        self._secure(directory)
 
     def _wake(self) -> None:
         """Wake the processors that wait on the trigger."""
@@ -835,338 +1544,583 @@ class Maildir:
                 if stat.S_ISFIFO(os.fstat(fd).st_mode):
                     trigger.write(b"\0")
 
-    def _open_trigger(self) -> list[int]:
-        """Return the FIFO that `_wake` writes to, both ends open (or it would read as ended); [] if there is none."""
+    def _open_trigger(self) -> int | None:
+        """Return the FIFO that `_wake` writes to, both ends open (or it would read as ended); None: there is none."""
         path = self._path("trigger")
-        with contextlib.suppress(OSError):
-            if not os.path.lexists(path):
+        try:
+            with contextlib.suppress(FileExistsError):
                 os.mkfifo(path, 0o600)
-                os.chmod(path, self._mode & 0o666 | 0o600)
             fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
-            if stat.S_ISFIFO(os.fstat(fd).st_mode):
-                return [fd]
+        except OSError:  # the interval will do
+            return None
+        status = os.fstat(fd)
+        if not stat.S_ISFIFO(status.st_mode):
             os.close(fd)
-        return []
+            return None
+        rights = self._mode & 0o666 | 0o600
+        if stat.S_IMODE(status.st_mode) != rights:
+            with contextlib.suppress(OSError):  # somebody else's
+                os.fchmod(fd, rights)
+        return fd
 
-    def _lock(self, directory: str, name: str, to: str = "") -> _Claim | None:
-        """Lock a message, and move it *to*.  None: it is gone, or a living process holds it; `OSError`: trouble."""
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), contextlib.ExitStack() as undo:
-            claim = _Claim(self, directory, name)
-            undo.callback(claim.close)
-            status = os.fstat(claim.fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("not a regular file")
-            fcntl.flock(claim.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(status, os.lstat(claim.path)):  # not moved or replaced before we had the lock
-                if to:
-                    claim.move(to, name)
-                undo.pop_all()
-                return claim
-        return None
+    def _lock(self, directory: str, name: str) -> _Claim | None:
+        """Lock a message where it is.  None: it is gone, or a living process holds it.  Raise `OSError` for trouble."""
+        fd = _open_locked(self._path(directory, name))
+        if fd is None:
+            return None
+        return _Claim(self, directory, name, fd)
 
-    def _claim(self, name: str) -> _Claim | None:
-        """Move a message from new/ to cur/, locked.  None and `OSError` as in `_lock`."""
-        return self._lock("new", name, "cur")
-
-    def _failed_folder(self) -> str:
-        """Return the directory for what is given up, in a Maildir++ folder, made if need be."""
-        if not os.path.isdir(self._path(".failed/new")):
-            self._make_directories(".failed", ".failed/tmp", ".failed/cur", ".failed/new")
-            _fsync(self._path(".failed"), self._path("."))
-        return ".failed/new"
+    def _claim(self, directory: str, name: str) -> _Claim | None:
+        """Move a message from new/ or deferred/ to cur/, locked.  None and `OSError` as in `_lock`."""
+        claim = self._lock(directory, name)
+        if claim is not None:
+            if directory == "deferred":
+                name = _DUE.sub("", name, count=1) or name
+            try:
+                claim.move("cur", name)
+            except BaseException:
+                claim.close()
+                raise
+        return claim
 
     def _clean(self, now: float) -> None:
         """Remove litter from tmp/; the log names its envelope."""
         for name in self._names("tmp"):
-            with contextlib.suppress(OSError):
-                old = now - os.lstat(self._path("tmp", name)).st_mtime > _LITTER_AGE
-                if old and (claim := self._lock("tmp", name)):  # a young one's lock may be wanted by its writer
-                    with contextlib.closing(claim):
-                        envelope = os.pread(claim.fd, 1000, 0).split(b"\n")[:2]
-                        os.unlink(claim.path)
-                        _log.warning("removed tmp/%s, never committed: %s", name, _printable(b" ".join(envelope)))
+            with contextlib.suppress(FileNotFoundError):
+                if now - os.lstat(self._path("tmp", name)).st_mtime > _LITTER_AGE:
+                    self._remove_litter(name)  # a young one's lock may be wanted by its writer
+
+    def _remove_litter(self, name: str) -> None:
+        try:
+            claim = self._lock("tmp", name)
+            if claim is not None:
+                with contextlib.closing(claim):
+                    envelope = b" ".join(os.pread(claim.fd, 1000, 0).split(b"\n")[:2])
+                    os.unlink(claim.path)
+                    _log.warning("removed tmp/%s, never committed: %s", _printable(name), _printable(envelope))
+        except OSError as error:
+            _log.error("cannot remove tmp/%s: %s", _printable(name), _reason(error))
 
 
-class _NoEnvelope(Exception):
-    """The file does not begin with an envelope."""
+def _exists(path: str) -> bool:
+    """Return whether there is something at *path*: nothing but `FileNotFoundError` says no."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 class _Claim:
-    """An open message; once it is locked (`Maildir._lock`), nobody else may send, move or unlink it."""
-    held: ClassVar[set[_Claim]] = set()  # open in this process
-    retrying = threading.RLock()  # for what is unwritten, which belongs to no thread
-    fromaddr = error = message_id = ""
-    message = b""
-    toaddrs: tuple[str, ...] = ()
-    taken: Mapping[str, Reply] = {}  # what the relay said when it took the message for some
-    unwritten: tuple[str, ...] | None = None  # the recipients left then, while the file can't be made to say so
+    """A message whose file is open and locked: nobody else may send, move or unlink it."""
 
-    def __init__(self, queue: Maildir, directory: str, name: str) -> None:
-        self.queue, self.directory, self.name = queue, directory, name
-        # O_RDWR: NFS locks nothing else exclusively.  O_NONBLOCK: a FIFO must not stop us.
-        self.fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        self.held.add(self)
+    def __init__(self, queue: Maildir, directory: str, name: str, fd: int) -> None:
+        self.queue = queue
+        self.directory = directory
+        self.name = name
+        self.fd = fd
+        self.fromaddr = ""
+        self.toaddrs: tuple[str, ...] = ()
+        self.error = ""
+        self.message_id = ""
+        self.message = b""
+        self.held = False
 
     @property
     def path(self) -> str:
         return self.queue._path(self.directory, self.name)
 
     def age(self, now: float) -> float:
-        return _age(self.name, self.fd, now)
+        return _age(self.name, os.fstat(self.fd), now)
 
     def read(self) -> None:
-        """Learn envelope and message.  May raise `_NoEnvelope`."""
+        """Learn envelope and message.  Raise `_NoEnvelope`, or `OSError` if the file can't be read whole."""
         size = os.fstat(self.fd).st_size
-        head = os.pread(self.fd, _PIECE, 0)
-        if head.count(b"\n") < 3:
-            head = os.pread(self.fd, size, 0)
-        if found := _ENVELOPE.match(head):
-            self.fromaddr, self.toaddrs = "".join(_parse_addresses(found[1])[:1]), _parse_addresses(found[2])
-        if not found or not self.toaddrs or not "".join((self.fromaddr, *self.toaddrs)).isprintable():
-            raise _NoEnvelope("no readable envelope")
-        self.error = _printable(found[3] or b"")
-        start = found.end()  # a large message is read by itself, to be in memory once
-        self.message = head[start:] if len(head) == size else os.pread(self.fd, size - start, start)
+        head = _read_head(self.fd)
+        envelope = _parse_envelope(head)
+        start = envelope.length
+        headers = _headers_of(head[start:])
+        if len(head) == size:
+            self.message = head[start:]
+        else:  # by itself, to be in memory once
+            self.message = os.pread(self.fd, size - start, start)
         if len(self.message) != size - start:  # over 2 GB (read(2))
             raise OSError(f"only {len(self.message)} bytes could be read")
-        self.message_id = _printable(next(_fields(_headers_of(self.message), b"Message-Id"), "")).strip("<> ")
+        if envelope.scattered:
+            self.message = _ACTUALLY.sub(b"", headers) + self.message[len(headers) :]
+        self.fromaddr = envelope.fromaddr
+        self.toaddrs = envelope.toaddrs
+        self.error = envelope.error
+        self.message_id = _message_id_in(headers)
 
-    def keep(self, toaddrs: tuple[str, ...], error: str) -> None:
-        """Replace the file by one for *toaddrs* alone; that is locked before it is seen, or it would look abandoned."""
+    def note(self, toaddrs: tuple[str, ...], error: str, in_place: bool = False) -> None:
+        """Note in the file that only *toaddrs* are left, durably.  Raise `OSError` if that can't be done."""
         if (toaddrs, error) == (self.toaddrs, self.error):
             return
-        name = self.queue._write(self.fromaddr, toaddrs, self.message, error, sync=True)
         try:
-            replacement = self.queue._lock("tmp", name)
-            if replacement is None:
-                raise OSError("cannot lock a new file")
-            with contextlib.closing(replacement):
-                os.rename(replacement.path, self.path)
-                self.fd, replacement.fd = replacement.fd, self.fd  # the lock goes with it
+            if in_place:
+                self.shorten(toaddrs)
+            else:
+                self.replace(toaddrs, error)
+        except OSError as trouble:  # as on a disk that is too full for another file
+            _log.error("%s: %s", _printable(self.path), _reason(trouble))
+            if in_place:
+                self.replace(toaddrs, error)
+            elif toaddrs != self.toaddrs:
+                self.shorten(toaddrs)
+
+    def replace(self, toaddrs: tuple[str, ...], error: str) -> None:
+        """Replace the file by one for *toaddrs* alone; that is locked before it is seen, or it would look abandoned."""
+        name = self.queue._write(self.fromaddr, toaddrs, self.message, error, sync=True)
+        path = self.queue._path("tmp", name)
+        fd = None
+        try:
+            fd = _open_locked(path)
+            if fd is None:
+                raise OSError(f"cannot lock {path}")
+            os.rename(path, self.path)
+            os.dup2(fd, self.fd, inheritable=False)  # the lock goes with it
         except OSError:
             self.queue._discard(name)
             raise
-        self.toaddrs, self.error = toaddrs, error
-        _fsync(self.queue._path("cur"))
-
-    def record(self, waiting: tuple[str, ...], error: str = "") -> None:
-        """Note that the relay has taken the message for all but *waiting*: here the window for a duplicate closes."""
-        try:
-            try:
-                self.keep(waiting, error) if waiting else _insist(os.unlink, self.path)
-            except OSError:  # NFS may say so of what it has done
-                if waiting:
-                    self.shorten(waiting)
-                elif os.path.lexists(self.path):
-                    raise
-        except BaseException:  # and no earlier, or another thread would settle it meanwhile
-            self.unwritten = waiting
-            raise
-        self.unwritten, self.toaddrs = None, waiting
+        finally:
+            if fd is not None:
+                _close_claimed(fd)
+        self.toaddrs = toaddrs
+        self.error = error
+        self.queue._secure("cur")
 
     def shorten(self, toaddrs: tuple[str, ...]) -> None:
-        """Write a shorter list over that in the file: for a disk that is too full for another file."""
-        found = _ENVELOPE.match(os.pread(self.fd, 1 << 20, 0))
-        line = f" {', '.join(toaddrs)}".encode().ljust(len(found[2])) if found else b""
+        """Write a shorter list over that in the file."""
+        found = _ENVELOPE.match(_read_head(self.fd))
+        line = f" {', '.join(toaddrs)}".encode()
         if not found or len(line) > len(found[2]):
             raise OSError("no room for the recipients that are left")
-        os.pwrite(self.fd, line, found.start(2))
+        os.pwrite(self.fd, line.ljust(len(found[2])), found.start(2))
         os.fsync(self.fd)
         self.toaddrs = toaddrs
 
-    def defer(self, due: float) -> None:
-        self.move("new", f"{_DUE.sub('', self.name)},due={due:.0f}")
+    def remove(self) -> None:
+        """The relay has taken the message for every recipient."""
+        with contextlib.suppress(FileNotFoundError):  # a person removed it, or NFS says so of what it has done
+            os.unlink(self.path)
 
-    def release(self) -> None:
-        self.move("new", self.name)
-
-    def let_go(self) -> None:
-        """Release and close it, unless it is closed or unwritten; if that fails it is abandoned, which will do."""
-        if self in self.held and self.unwritten is None:  # a fork holds nothing
-            with contextlib.suppress(OSError):
-                self.release()
-            self.close()
-
-    def requeue(self) -> None:
-        self.move("new", _new_name())
+    def defer(self, due: int) -> None:
+        """The recipients that are left are to be tried again at *due* (Unix time)."""
+        self.move(self.queue._deferred_folder(), f"{due:010}.{self.name}")
 
     def give_up(self) -> None:
+        """The recipients that are left were refused for good, or the message is too old."""
         self.move(self.queue._failed_folder(), _new_name())
-        _fsync(self.queue._path(self.directory))
+        self.queue._secure(".failed/new", "cur")
 
     def give_up_for(self, toaddrs: tuple[str, ...], error: str) -> None:
         """Put a copy for *toaddrs* in .failed/, for the others have another fate."""
         self.queue._store(self.queue._failed_folder(), self.fromaddr, toaddrs, self.message, error)
 
+    def release(self) -> None:
+        """The relay is unavailable, or the process that held the message has died."""
+        self.move("new", self.name)
+
+    def requeue(self) -> None:
+        """A person wants it to be tried again, as if it were new."""
+        self.move("new", _new_name())
+
+    def hold(self, error: OSError) -> None:
+        """It was sent, and that can't be noted: keep the lock, so that this process does not send it again."""
+        _log.critical(
+            "%s was sent to some, and that can't be noted: %s; remove it, or those recipients, by hand before this"
+            " process ends", _printable(self.path), _reason(error),
+        )  # fmt: skip
+        self.held = True
+
     def move(self, directory: str, name: str) -> None:
+        if self.fd not in _claimed:
+            raise OSError(f"{self.path} is claimed by another process")  # a fork has no part in its parent's claims
         os.rename(self.path, self.queue._path(directory, name))
-        self.directory, self.name = directory, name
+        self.directory = directory
+        self.name = name
 
     def close(self) -> None:
-        """Unlock and close.  Closing alone would not unlock it while a forked child holds a copy of the descriptor."""
-        if self in self.held:
-            self.held.discard(self)
-            with contextlib.suppress(OSError):
-                fcntl.flock(self.fd, fcntl.LOCK_UN)
-            with contextlib.suppress(OSError):
-                os.close(self.fd)
+        """End the claim, unless it is held."""
+        if not self.held:
+            _unlock(self.fd)
 
-    @classmethod
-    def close_in_child(cls) -> None:
-        """Close the copies that a fork made, without unlocking: the locks are the parent's, and must end with it."""
-        for claim in cls.held:
-            os.close(claim.fd)
-        cls.held.clear()
-        cls.retrying = threading.RLock()  # the parent's may be held by a thread that the fork does not have
-
-
-os.register_at_fork(after_in_child=_Claim.close_in_child)
 
 # ------------------------------------------------------------------------------------- the fate of a message
 
 
 @dataclasses.dataclass
-class _Message:
-    """What a transaction has sent: its content, or the name of the file in tmp/ that holds it."""
-    message_id: str
-    fromaddr: str
-    toaddrs: tuple[str, ...]
-    content: bytes = dataclasses.field(repr=False)  # not for a log
-    name: str
+class _Counts:
+    """What a pass did, in messages; `outage` is why it ended early.
+
+    A message counts as `sent`, `deferred` and `failed` if that befell one of its recipients.
+    """
+
+    messages: int = 0
+    sent: int = 0
+    deferred: int = 0
+    failed: int = 0
+    left: int = 0
+    outage: RelayUnavailable | None = None
 
 
-def _events(
-    message: _Message | _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0, details: str = ""
-) -> Iterator[MailEvent]:
-    """Yield the events that tell of *outcome*, after logging it: one for all recipients that have the same reply."""
-    level = logging.ERROR if outcome == "failed" else logging.INFO
-    for reply in dict.fromkeys(replies.values()):
-        about = (message.message_id, message.fromaddr, tuple(a for a in replies if replies[a] == reply), str(reply))
+def _report(
+    tell: _Tell, outcome: str, message: _Draft | _Claim, replies: Mapping[str, Reply], via: object,
+    due: float = 0.0, delay: float = 0.0,
+) -> None:  # fmt: skip
+    """Log *outcome*, and tell an event of it: one for all recipients that have the same reply."""
+    level = logging.INFO
+    if outcome == "failed":
+        level = logging.ERROR
+    addresses_by_reply: dict[Reply, list[str]] = {}
+    for address, reply in replies.items():
+        addresses_by_reply.setdefault(reply, []).append(address)
+    for reply, addresses in addresses_by_reply.items():
         if _log.isEnabledFor(level):
-            line = "%s message-id=<%s> from=<%s> to=<%s>%s reply=%s"
-            quoted = json.dumps(about[3], ensure_ascii=False)
-            _log.log(level, line, outcome, *about[:2], ">,<".join(about[2]), details, quoted)
+            relay = reply.relay or type(via).__name__  # not its str(), which may show a password
+            _log.log(
+                level, "%s message-id=<%s> from=<%s> to=<%s> relay=%s delay=%.1f reply=%s", outcome,
+                message.message_id, message.fromaddr, ">,<".join(addresses), relay, delay,
+                json.dumps(str(reply), ensure_ascii=False),
+            )  # fmt: skip
+        about = (message.message_id, message.fromaddr, tuple(addresses), str(reply))
         if outcome == "sent":
-            yield MailSentEvent(*about)
+            tell(MailSentEvent(*about))
         elif outcome == "failed":
-            yield MailErrorEvent(*about, reply.status)
+            tell(MailErrorEvent(*about, reply.status))
         else:
-            yield MailDeferredEvent(*about, reply.status, due)
+            tell(MailDeferredEvent(*about, reply.status, due))
 
 
-def _error_line(replies: Iterable[Reply]) -> str:
+def _sent_and_others(replies: Mapping[str, Reply]) -> tuple[dict[str, Reply], dict[str, Reply]]:
+    sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
+    others = {address: reply for address, reply in replies.items() if reply.outcome != "sent"}
+    return sent, others
+
+
+def _error_line(replies: Mapping[str, Reply]) -> str:
     """Return what the file says of the last of *replies*, without addresses: zope.sendmail would send it to all."""
-    lines = [f"{reply.status} {reply}" for reply in replies]
-    return re.sub(r'(?:"[^"]*"|[^\s<>"(]*)@[^\s<>)]*', "*", lines[-1]) if lines else ""
+    line = ""
+    for reply in replies.values():
+        line = f"{reply.status} {reply}"
+    return re.sub(r'(?:"[^"]*"|[^\s<>"(]*)@[^\s<>)]*', "*", line)
 
 
-class _Courier(NamedTuple):
-    """Sends claimed messages and settles them, recipient by recipient."""
-    mailer: Mailer
-    clock: Callable[[], float] = time.time
-    max_age: float = _MAX_AGE
-    soft_bounce: bool = False
+class _Courier:
+    """Claims messages, sends them and settles them, recipient by recipient: for one pass, or one commit."""
 
-    def deliver(self, claim: _Claim) -> Iterator[MailEvent]:
-        """Yield events, each after the change to the queue that it tells of.  May raise `RelayUnavailable`.
+    def __init__(
+        self, queue: Maildir, mailer: Mailer, tell: _Tell, clock: Callable[[], float] = time.time,
+        max_age: float = _MAX_AGE, soft_bounce: bool = False,
+    ) -> None:  # fmt: skip
+        self.queue = queue
+        self.mailer = mailer
+        self.tell = tell
+        self.clock = clock
+        self.max_age = max_age
+        self.soft_bounce = soft_bounce
+        self.counts = _Counts()
+        self.losses = 0  # messages in a row that were lost by the relay, and answered in no other way
 
-        Else what goes wrong is logged, and the message deferred (without an envelope: given up), or `OSError` raised.
+    def deliver(self, directory: str, name: str) -> None:
+        """Claim a message, if nobody has, and send it.
+
+        Raise `RelayUnavailable`, or `OSError` if it can't be claimed or settled; what else goes
+        wrong is logged, and the message deferred or, without an envelope, given up.
         """
+        claim = self.queue._claim(directory, name)
+        if claim is None:
+            return
         try:
-            if claim.unwritten is None:
-                claim.read()
-                yield from self._attempt(claim)
-            else:  # as good as new, once the file says who is left
-                claim.record(claim.unwritten, claim.error)
-                yield from self._report(claim, "sent", claim.taken)
-                yield from self._defer(claim, {}) if claim.toaddrs else ()
+            outcomes = self._deliver(claim)
+        finally:
+            claim.close()
+        self.counts.messages += 1
+        self.counts.sent += "sent" in outcomes
+        self.counts.deferred += "deferred" in outcomes
+        self.counts.failed += "failed" in outcomes
+        if self.losses >= _LOSSES_MAX:
+            raise RelayUnavailable(f"{self.losses} messages in a row were lost by the relay; see --list")
+
+    def _deliver(self, claim: _Claim) -> set[str]:
+        """Return what befell the recipients: 'sent', 'deferred', 'failed'."""
+        try:
+            claim.read()
+            return self._attempt(claim)
         except RelayUnavailable:
-            claim.let_go()
+            claim.release()
             raise
         except _NoEnvelope as error:
             claim.give_up()
             _log.error("%s: %s", _printable(claim.path), error)
-            yield MailErrorEvent("", "", (), str(error), "5.6.0")
+            self.tell(MailErrorEvent("", "", (), str(error), "5.6.0"))
+            return {"failed"}
         except Exception as error:
             _log.error("%s: %s", _printable(claim.path), _reason(error))
-            if claim.directory == "cur" and claim.unwritten is None:
-                yield from self._defer(claim, dict.fromkeys(claim.toaddrs, Reply(451, f"4.3.0 {_reason(error)}")))
-        finally:
-            if claim.unwritten is None:  # or else it stays locked: nobody may send it again
-                claim.close()
+            self._defer(claim, dict.fromkeys(claim.toaddrs, Reply(451, f"4.3.0 {_reason(error)}")))
+            return {"deferred"}
 
-    def settle_unwritten(self, queue: Maildir) -> list[MailEvent]:
-        """Write what could not be written before, as far as it can be now; return the events of it."""
-        with _Claim.retrying:
-            unwritten = [claim for claim in _Claim.held.copy() if claim.unwritten is not None]
-            events: list[MailEvent] = []
-            for claim in [claim for claim in unwritten if claim.queue.path == queue.path]:
-                try:
-                    events.extend(self.deliver(claim))  # which keeps those before an error
-                except OSError as error:  # it is abandoned, for a processor
-                    _log.error("%s: %s", _printable(claim.path), _reason(error))
-            return events
-
-    def _attempt(self, claim: _Claim) -> Iterator[MailEvent]:
-        failed, deferred = dict[str, Reply](), dict[str, Reply]()
-        for sent, others in _ask_in_groups(self.mailer, claim.fromaddr, claim.toaddrs, claim.message):
+    def _attempt(self, claim: _Claim) -> set[str]:
+        """Send to one group of recipients after the other, and settle the message; return as `_deliver` does."""
+        outcomes = set()
+        failed: dict[str, Reply] = {}
+        deferred: dict[str, Reply] = {}
+        lost = True
+        groups = list(_groups(claim.toaddrs))
+        for group in groups:
+            replies = _ask(self.mailer, claim.fromaddr, group, claim.message)
+            lost = lost and all(reply.code in _TROUBLE_CODES for reply in replies.values())
+            sent, others = _sent_and_others(replies)
             if sent:
-                claim.taken = sent
-                claim.record(tuple(a for a in claim.toaddrs if a not in sent), _error_line(others.values()))
-                yield from self._report(claim, "sent", sent)
+                outcomes.add("sent")
+                more_groups = group is not groups[-1]
+                if not self._settle_sent(claim, sent, _error_line(others), more_groups):
+                    return outcomes
             for address, reply in others.items():
-                reply = reply.softened() if self.soft_bounce and reply.outcome == "failed" else reply
-                too_old = claim.age(self.clock()) > self.max_age
-                (failed if too_old or reply.outcome == "failed" else deferred)[address] = reply
-        if failed and deferred:
-            claim.give_up_for(tuple(failed), _error_line(failed.values()))
-        elif failed:
-            claim.keep(tuple(failed), _error_line(failed.values()))
-            claim.give_up()
+                if self.soft_bounce and reply.outcome == "failed":
+                    reply = reply._softened()
+                if reply.outcome == "failed" or claim.age(self.clock()) > self.max_age:
+                    failed[address] = reply
+                else:
+                    deferred[address] = reply
+        self.losses = self.losses + 1 if lost else 0
         if failed:
-            yield from self._report(claim, "failed", failed)
+            outcomes.add("failed")
+            if not self._settle_failed(claim, failed, deferred):
+                return outcomes
         if deferred:
-            claim.keep(tuple(deferred), _error_line(deferred.values()))
-            yield from self._defer(claim, deferred)
+            outcomes.add("deferred")
+            claim.note(tuple(deferred), _error_line(deferred))
+            self._defer(claim, deferred)
+        return outcomes
 
-    def _defer(self, claim: _Claim, replies: Mapping[str, Reply]) -> Iterator[MailEvent]:
-        due = int(self.clock() + _backoff(claim.age(self.clock())))
+    def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, more_groups: bool) -> bool:
+        """Note that the relay has taken the message for some: here the window for a duplicate closes.
+
+        Return whether that could be done; else the claim is held.
+        """
+        waiting = tuple(address for address in claim.toaddrs if address not in sent)
+        noted = True
+        try:
+            if waiting:
+                claim.note(waiting, error, in_place=more_groups and len(claim.message) > _LARGE)
+            else:
+                claim.remove()
+        except OSError as trouble:
+            claim.hold(trouble)
+            noted = False
+        self._report(claim, "sent", sent)
+        return noted
+
+    def _settle_failed(self, claim: _Claim, failed: Mapping[str, Reply], deferred: Mapping[str, Reply]) -> bool:
+        """Give up for those who are *failed*.  Return whether the others may be tried again; else the claim is held."""
+        noted = True
+        if deferred:
+            claim.give_up_for(tuple(failed), _error_line(failed))
+            try:
+                claim.note(tuple(deferred), _error_line(deferred))
+            except OSError as trouble:  # or else there would be one more copy at each attempt
+                claim.hold(trouble)
+                noted = False
+        else:
+            claim.note(tuple(failed), _error_line(failed))
+            claim.give_up()
+        self._report(claim, "failed", failed)
+        return noted
+
+    def _defer(self, claim: _Claim, replies: Mapping[str, Reply]) -> None:
+        now = self.clock()
+        due = int(now + _backoff(claim.age(now)))
         claim.defer(due)
-        return self._report(claim, "deferred", replies, due)
+        self._report(claim, "deferred", replies, due)
 
-    def _report(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: int = 0) -> Iterator[MailEvent]:
-        return _events(claim, outcome, replies, due, f" relay={self.mailer} delay={claim.age(self.clock()):.1f}")
+    def _report(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0) -> None:
+        _report(self.tell, outcome, claim, replies, self.mailer, due, delay=claim.age(self.clock()))
 
 
 # ----------------------------------------------------------------------------------------------- deliveries
 
 
+def _as_queue(queue: Maildir | str | os.PathLike[str]) -> Maildir:
+    """Return *queue*, which may be its path.  Raise `TypeError` if it is neither, and what `Maildir` raises."""
+    if isinstance(queue, Maildir):
+        return queue
+    if not isinstance(queue, (str, os.PathLike)):
+        raise TypeError(f"queue must be a Maildir or its path, not {queue!r}")
+    return Maildir(queue)
+
+
+def _checked_mailer(mailer: Any) -> Mailer:
+    """Return *mailer*.  Raise `TypeError` if it can't send."""
+    if isinstance(mailer, type) or not callable(getattr(mailer, "send", None)):
+        raise TypeError(f"mailer must be an object with a method send, not {mailer!r}")
+    checked: Mailer = mailer
+    return checked
+
+
+class _Outbox:
+    """Where the messages of a transaction wait for its end.  This one remembers them, and sends them in the commit."""
+
+    def __init__(self, mailer: Mailer) -> None:
+        self.mailer = mailer
+
+    def put(self, draft: _Draft) -> None:
+        """Take a message.  Raise `OSError` if it can't be written."""
+
+    def discard(self, drafts: Sequence[_Draft]) -> None:
+        """Forget messages that are not to be sent."""
+
+    def secure(self, drafts: Sequence[_Draft]) -> None:
+        """Do all that can fail.  Raise `OSError` if it does."""
+
+    def finish(self, drafts: Sequence[_Draft], tell: _Tell) -> None:
+        """Let the messages of a committed transaction go; *tell* what becomes of them."""
+        _attempt_all(self.mailer, drafts, self._attempt, tell, "failed")
+
+    def _attempt(self, draft: _Draft, tell: _Tell) -> None:
+        for group in _groups(draft.toaddrs):
+            replies = _ask(self.mailer, draft.fromaddr, group, draft.content)
+            sent, others = _sent_and_others(replies)
+            _report(tell, "sent", draft, sent, self.mailer)
+            _report(tell, "failed", draft, others, self.mailer)  # there is no later
+
+
+def _attempt_all(
+    mailer: Mailer, drafts: Sequence[_Draft], attempt: Callable[[_Draft, _Tell], None], tell: _Tell, otherwise: str
+) -> None:
+    """Let *attempt* send each of *drafts*, over one connection; in an outage, tell that the rest is *otherwise*."""
+    try:
+        with _connected(mailer):
+            for draft in drafts:
+
+                def tell_of(event: MailEvent, draft: _Draft = draft) -> None:
+                    draft.toaddrs = tuple(address for address in draft.toaddrs if address not in event.toaddrs)
+                    tell(event)
+
+                attempt(draft, tell_of)
+                draft.toaddrs = ()
+    except RelayUnavailable as error:
+        reply = Reply(451, f"4.4.1 {error}")
+        for draft in drafts:
+            _report(tell, otherwise, draft, dict.fromkeys(draft.toaddrs, reply), mailer, time.time())
+
+
+class _QueueOutbox(_Outbox):
+    """Messages wait in tmp/, and are published in the commit, for a processor to send."""
+
+    def __init__(self, queue: Maildir) -> None:
+        self.queue = queue
+
+    def put(self, draft: _Draft) -> None:
+        draft.name = self.queue._write(draft.fromaddr, draft.toaddrs, draft.content)
+        draft.content = b""
+
+    def discard(self, drafts: Sequence[_Draft]) -> None:
+        for draft in drafts:
+            self.queue._discard(draft.name)
+
+    def secure(self, drafts: Sequence[_Draft]) -> None:
+        _fsync_all([self.queue._path("tmp", draft.name) for draft in drafts])
+
+    def finish(self, drafts: Sequence[_Draft], tell: _Tell) -> None:
+        self.publish(drafts, tell)
+        self.queue._wake()
+
+    def publish(self, drafts: Sequence[_Draft], tell: _Tell) -> list[_Draft]:
+        """Publish all of *drafts*; return those that are in new/.  One that can't be moved stays complete in tmp/."""
+        try:
+            stuck = self._publish_all(drafts)
+        except BaseException:  # an interrupt; what it kept from being moved must be
+            self._publish_all(drafts)
+            raise
+        for draft in drafts:
+            if draft.name in stuck:
+                self._tell_stuck(draft, stuck[draft.name], tell)
+        return [draft for draft in drafts if draft.name not in stuck]
+
+    def _publish_all(self, drafts: Sequence[_Draft]) -> dict[str, OSError]:
+        stuck = {}
+        for draft in drafts:
+            try:
+                self.queue._publish(draft.name)
+            except OSError as error:
+                stuck[draft.name] = error
+        self.queue._secure("new")
+        return stuck
+
+    def _tell_stuck(self, draft: _Draft, error: OSError, tell: _Tell) -> None:
+        path = self.queue._path("tmp", draft.name)
+        in_a_year = time.time() + 366 * 86400
+        with contextlib.suppress(OSError):
+            os.utime(path, (in_a_year, in_a_year))  # until then it is no litter
+        _log.critical("committed mail is stuck: move %s to new/ by hand", path)
+        reply = Reply(554, f"5.3.0 stuck in {path}: {_reason(error)}")
+        _report(tell, "failed", draft, dict.fromkeys(draft.toaddrs, reply), None)
+
+
+class _TryingQueueOutbox(_QueueOutbox):
+    """Messages are published in the commit, and the first attempt is made there, too."""
+
+    def __init__(self, queue: Maildir, mailer: Mailer) -> None:
+        self.queue = queue
+        self.mailer = mailer
+
+    def finish(self, drafts: Sequence[_Draft], tell: _Tell) -> None:
+        published = self.publish(drafts, tell)  # first of all, in case this process dies
+        courier = _Courier(self.queue, self.mailer, tell)
+
+        def attempt(draft: _Draft, tell_of: _Tell) -> None:
+            courier.tell = tell_of
+            try:
+                courier.deliver("new", draft.name)
+            except OSError as error:  # a processor will
+                _log.error("%s: %s", _printable(draft.name), _reason(error))
+
+        _attempt_all(self.mailer, published, attempt, tell, "deferred")
+        self.queue._wake()
+
+
+@dataclasses.dataclass
+class _Savepoint:
+    """How many messages there were (`transaction.interfaces.IDataManagerSavepoint`)."""
+
+    data: _DataManager
+    length: int
+
+    def rollback(self) -> None:
+        self.data.drop(self.length)
+
+
 class _DataManager:
     """What one delivery has to do with one transaction (`transaction.interfaces.ISavepointDataManager`).
 
-    `transaction` calls `abort` and `tpc_abort` at any time, even after a commit: they know only of messages that are
-    not finished, and finish takes those away first.
+    `transaction` calls `abort` and `tpc_abort` at any time, even after a commit: they know only of
+    messages that are not finished, and finish takes those away first.
     """
 
     def __init__(self, delivery: _Delivery, manager: Any) -> None:
         self.delivery = delivery  # Transaction.set_data goes by id(): while this lives, no other delivery has that one
         self.transaction_manager = manager  # of the interface
-        self.messages: list[_Message] = []
-        self.joined = self.committing = False
+        self.drafts: list[_Draft] = []
+        self.joined = False
+        self.committing = False
         self.pid = os.getpid()
 
     def drop(self, start: int) -> None:
-        dropped, self.messages[start:] = self.messages[start:], []
-        if self.delivery.queue and self.pid == os.getpid():  # what a fork aborts is its parent's
-            for message in dropped:
-                self.delivery.queue._discard(message.name)
+        dropped = self.drafts[start:]
+        del self.drafts[start:]
+        if self.pid == os.getpid():  # what a fork aborts is its parent's
+            self.delivery._outbox.discard(dropped)
 
-    def savepoint(self) -> Any:
-        length = len(self.messages)
-        return types.SimpleNamespace(rollback=lambda: self.drop(length))
+    def savepoint(self) -> _Savepoint:
+        return _Savepoint(self, len(self.drafts))
 
     def abort(self, _transaction: Any) -> None:
-        self.joined = self.committing = False
+        self.joined = False
+        self.committing = False
         self.drop(0)
 
     tpc_abort = abort
@@ -1174,49 +2128,61 @@ class _DataManager:
     def tpc_begin(self, _transaction: Any) -> None:
         self.committing = True
 
+    def commit(self, _transaction: Any) -> None:
+        """Do all that can fail: it comes before any vote, and zope.sqlalchemy commits in its vote."""
+        self.delivery._outbox.secure(self.drafts)
+
     def tpc_vote(self, _transaction: Any) -> None:
         """Nothing: see `commit()`."""
 
-    def commit(self, _transaction: Any) -> None:
-        """Do all that can fail: it comes before any vote, and zope.sqlalchemy commits in its vote."""
-        if self.delivery.queue:
-            self.delivery.queue._sync([message.name for message in self.messages])
-
     def tpc_finish(self, current: Any) -> None:
         """Let the messages go.  Raises no `Exception`, for the databases have committed; what to tell is told later."""
-        messages, self.messages = self.messages, []
+        drafts = self.drafts
+        self.drafts = []
+        events: list[MailEvent] = []
         try:
-            for event in self.delivery._finish(messages) if messages else ():
-                # a hook only where it is needed: it makes `transaction` abort everything once more
-                current.addAfterCommitHook(lambda _committed, event: notify(event), (event,))
+            if drafts:
+                self.delivery._outbox.finish(drafts, events.append)
         except Exception:  # a bug; the messages are where they are
-            _log.critical("in doubt: mail of a committed transaction: %s", messages, exc_info=True)
+            _log.critical("in doubt: mail of a committed transaction: %s", drafts, exc_info=True)
+        finally:
+            if events:  # or else no hook: it makes `transaction` abort everything once more
+                current.addAfterCommitHook(_notify_all, (events,))
 
     def sortKey(self) -> str:
         return f"~~sendmail:{id(self)}"  # after every database's: mail must not be visible before the data
 
 
+def _notify_all(_committed: bool, events: Sequence[MailEvent]) -> None:
+    for event in events:
+        notify(event)
+
+
 class _Delivery:
     """What the two deliveries share."""
 
-    def __init__(self, queue: _Queue | None, transaction_manager: Any) -> None:
+    def __init__(self, outbox: _Outbox, transaction_manager: Any) -> None:
+        transaction = _transaction_package()
         if transaction is None:
             raise ImportError(f"{type(self).__name__} needs the package transaction: pip install transaction")
-        self._manager = transaction.manager if transaction_manager is None else transaction_manager
-        self.queue: Any = queue if queue is None or isinstance(queue, Maildir) else Maildir(queue)
+        if transaction_manager is None:
+            transaction_manager = transaction.manager
+        self._manager = transaction_manager
+        self._outbox = outbox
 
     def send(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Send *message* when, and only when, the transaction commits; return its id (without angle brackets).
 
-        *fromaddr* is an address, or '' (the null sender); *toaddrs* an address or several, of which duplicates count
-        once.  *message* is bytes, text or a `Message`, which is sent without its Bcc; Message-Id and Date are added
-        where missing.
+        *fromaddr* is an address, or '' (the null sender); *toaddrs* an address or several, of which
+        duplicates count once.  An address is an addr-spec (RFC 5322, 3.4.1), or one with a display
+        name, which is left out.  *message* is bytes, text or a `Message`, which is sent without its
+        Bcc; Message-Id and Date are added where missing.
 
-        Raise `ValueError` for no recipients, an address that is no bare addr-spec (RFC 5322, 3.4.1), a malformed
-        Message-Id, or a transaction that is being committed, `OSError` if the message can't be written, and what the
-        transaction manager raises.
+        Raise `ValueError` for no recipients, what is not one address, a malformed Message-Id, or a
+        transaction that is being committed; `TypeError` for other types; `OSError` if the message
+        can't be written; and what the transaction manager raises.
         """
-        message_id, recipients, content = _prepare(fromaddr, toaddrs, message)
+        draft = _check(fromaddr, toaddrs, message)
         current = self._manager.get()
         try:
             data: _DataManager = current.data(self)
@@ -1228,152 +2194,98 @@ class _Delivery:
         if not data.joined:  # new, or sent away by the rollback of a savepoint older than itself
             current.join(data)
             data.joined = True
-        name = self.queue._write(fromaddr, recipients, content) if self.queue else ""
-        data.messages.append(_Message(message_id, fromaddr, recipients, b"" if name else content, name))
-        return message_id
-
-    def _finish(self, messages: list[_Message]) -> Iterator[MailEvent]:
-        """Show the messages of a committed transaction; one that can't be moved stays complete in tmp/."""
-        names = [message.name for message in messages]
-        try:
-            failures = self.queue._publish(names)
-        except BaseException:  # an interrupt; what it kept from being moved must be
-            self.queue._publish(names)
-            raise
-        for message in [message for message in messages if message.name in failures]:
-            path = self.queue._path("tmp", message.name)
-            with contextlib.suppress(OSError):
-                os.utime(path, (time.time() + 366 * 86400,) * 2)  # no litter for a year
-            _log.critical("committed mail is stuck: move %s to new/ by hand", path)
-            reply = Reply(554, f"5.3.0 stuck in {path}: {_reason(failures[message.name])}")
-            messages.remove(message)
-            yield from _events(message, "failed", dict.fromkeys(message.toaddrs, reply))
-
-
-class QueuedMailDelivery(_Delivery):
-    """Queue messages at commit, in *queue* (a `Maildir`, or its path), for a processor to send.
-
-    *transaction_manager* is `transaction.manager` (thread-local) unless another is given.  Raise `ImportError` where
-    `transaction` is not installed, and what `Maildir` raises.
-    """
-
-    def __init__(self, queue: _Queue, transaction_manager: Any = None) -> None:
-        super().__init__(queue if isinstance(queue, Maildir) else os.fspath(queue), transaction_manager)  # no None
-
-    def _finish(self, messages: list[_Message]) -> Iterator[MailEvent]:
-        yield from super()._finish(messages)
-        self.queue._wake()
+        self._outbox.put(draft)
+        data.drafts.append(draft)
+        return draft.message_id
 
 
 class DirectMailDelivery(_Delivery):
     """Send messages by *mailer* while the transaction commits; what fails becomes a `MailErrorEvent` after it.
 
-    A process that dies in the middle loses what it had not sent, unless *fallback* names a queue (a `Maildir`, or its
-    path): then this is a queued delivery that makes the first attempt itself, and what can't be sent now stays there
-    (`MailDeferredEvent`).  All else is as for `QueuedMailDelivery`.
+    A process that dies in the middle loses what it had not sent, unless *fallback* names a queue (a
+    `Maildir`, or its path): then this is a queued delivery that makes the first attempt itself, and
+    what can't be sent now stays there (`MailDeferredEvent`).  All else is as for
+    `QueuedMailDelivery`.
     """
 
-    def __init__(self, mailer: Mailer, transaction_manager: Any = None, *, fallback: _Queue | None = None) -> None:
-        super().__init__(fallback, transaction_manager)
-        self._mailer = mailer
+    def __init__(
+        self, mailer: Mailer, transaction_manager: Any = None, *,
+        fallback: Maildir | str | os.PathLike[str] | None = None,
+    ) -> None:  # fmt: skip
+        mailer = _checked_mailer(mailer)
+        outbox = _Outbox(mailer)
+        if fallback is not None:
+            outbox = _TryingQueueOutbox(_as_queue(fallback), mailer)
+        super().__init__(outbox, transaction_manager)
 
-    def _finish(self, messages: list[_Message]) -> Iterator[MailEvent]:
-        if self.queue:
-            yield from super()._finish(messages)  # first of all, in case this process dies
-            yield from _Courier(self._mailer).settle_unwritten(self.queue)
-        claims: dict[str, _Claim | None] = {}
-        try:
-            with _connected(self._mailer):
-                for index, message in enumerate(messages):
-                    several = messages[index : index + _AT_ONCE] if self.queue and index % _AT_ONCE == 0 else []
-                    for name in [other.name for other in several]:  # before the first of them is sent
-                        with contextlib.suppress(OSError):  # a processor has it, or will
-                            claims[name] = self.queue._claim(name)
-                    for event in self._attempt_now(message, claims.pop(message.name, None)):
-                        message.toaddrs = tuple(a for a in message.toaddrs if a not in event.toaddrs)
-                        yield event
-                    message.toaddrs = ()
-        except RelayUnavailable as error:
-            outcome, reply = "deferred" if self.queue else "failed", Reply(451, f"4.4.1 {error}")
-            for message in messages:
-                yield from _events(message, outcome, dict.fromkeys(message.toaddrs, reply), time.time())
-        finally:
-            for claim in filter(None, claims.values()):
-                claim.let_go()
-        if self.queue:
-            self.queue._wake()
 
-    def _attempt_now(self, message: _Message, claim: _Claim | None) -> Iterator[MailEvent]:
-        """Make the one attempt.  May raise `RelayUnavailable`."""
-        if self.queue:
-            try:
-                yield from _Courier(self._mailer).deliver(claim) if claim else ()
-            except OSError as error:  # it is abandoned, for a processor
-                _log.error("%s: %s", _printable(message.name), _reason(error))
-            return
-        for sent, others in _ask_in_groups(self._mailer, message.fromaddr, message.toaddrs, message.content):
-            yield from _events(message, "sent", sent)
-            yield from _events(message, "failed", others)  # there is no later
+class QueuedMailDelivery(_Delivery):
+    """Queue messages at commit, in *queue* (a `Maildir`, or its path), for a processor to send.
+
+    *transaction_manager* is `transaction.manager` (thread-local) unless another is given.  Raise
+    `ImportError` where `transaction` is not installed, and what `Maildir` raises.
+    """
+
+    def __init__(self, queue: Maildir | str | os.PathLike[str], transaction_manager: Any = None) -> None:
+        super().__init__(_QueueOutbox(_as_queue(queue)), transaction_manager)
 
 
 # ------------------------------------------------------------------------------------------------ processor
 
 
-@dataclasses.dataclass
-class _Counts:
-    """What a pass did, in messages; `outage` is why it ended early."""
-    sent: int = 0
-    deferred: int = 0
-    failed: int = 0
-    left: int = 0
-    outage: RelayUnavailable | None = None
-
-
-class _Listing(NamedTuple):
-    """What is known of a directory since it was listed, so that an idle pass costs a `stat`, however deep the queue."""
-    mtime: int = -1
-    listed: float = 0.0
-    valid_until: float = 0.0  # if the directory does not change
-    size: int = 0
-
-
 class QueueProcessorThread(threading.Thread):
     """Send what is due in *queue* (a `Maildir`, or its path) by *mailer*, every *interval* seconds and when woken.
 
-    While the relay is unavailable, mail does not wake it, and the wait grows to 60 s (or *interval*, if longer).
-    `start()` makes it a daemon thread, which interpreter exit stops and joins; `run()` does the same in this thread;
-    `process()` makes one pass.  A pass takes at most *batch* messages, over *workers* connections.  A message that a
-    reply would defer is given up if it is older than *max_age* seconds; *soft_bounce* defers what the relay refuses for
-    good.
-    There may be as many processors on a queue as you like.
+    `start()` makes it a daemon thread, which interpreter exit stops and joins; `run()` does the same
+    in this thread; `process()` makes one pass.  One processor is one connection; there may be as
+    many processors on a queue as you like.
+
+    *batch* bounds the load on the relay: so many messages in any *interval*, and in one pass, at
+    most.  A message that a reply would defer is given up if it is older than *max_age* seconds;
+    *soft_bounce* defers what the relay refuses for good.  While the relay is unavailable, mail does
+    not wake it, and the wait grows to 60 s (or *interval*, if longer).
+
+    Raise `TypeError` or `ValueError` for a wrong argument, and what `Maildir` raises.
     """
 
     def __init__(
-        self, queue: _Queue, mailer: Mailer, interval: float = 3.0, *, batch: int | None = None, workers: int = 1,
-        max_age: float = _MAX_AGE, soft_bounce: bool = False,
+        self, queue: Maildir | str | os.PathLike[str], mailer: Mailer, interval: float = 3.0, *,
+        batch: int | None = None, max_age: float = _MAX_AGE, soft_bounce: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(name="sendmail", daemon=True)
-        self._queue = queue if isinstance(queue, Maildir) else Maildir(queue)
-        self._mailer, self._interval = mailer, interval
-        self._batch, self._workers, self._max_age, self._soft_bounce = batch, workers, max_age, soft_bounce
+        self._mailer = _checked_mailer(mailer)
+        self._interval = _checked_number("interval", interval)
+        self._batch: float = math.inf
+        if batch is not None:
+            self._batch = _checked_number("batch", batch, int)
+        self._max_age = _checked_number("max_age", max_age)
+        self._soft_bounce = soft_bounce
+        self._queue = _as_queue(queue)
         self._clock: Callable[[], float] = time.time
-        self._counting = threading.Lock()  # for the counts of a pass, which its workers share
         self._stopping = False
         self._make_bell()
-        self._listings = {"cur": _Listing(), "new": _Listing()}
-        self._not_before: dict[str, float] = {}  # what is left alone, and until when
-        self._suspects: set[str] = set()  # at these the relay became unavailable: the others go first
+        self._left_alone: dict[str, float] = {}  # what can't be claimed or settled, and until when
+        self._retries: collections.deque[str] = collections.deque()  # what is due in deferred/, in order
+        self._waiting = 0  # messages in deferred/, when it was last looked at, and by what was done here since
+        self._next_look = 0.0  # at deferred/
         self._next_cleaning = 0.0
+        self._finished: collections.deque[float] = collections.deque()  # when, of the latest *batch* messages
+        self._outage_began: float | None = None
 
     def _make_bell(self) -> None:
         """Make the pipe that `stop()` writes to: a signal handler may, where an Event could dead-lock."""
-        self._bell, self._pid = os.pipe(), os.getpid()
+        self._pid = os.getpid()
+        self._bell = os.pipe()
         for end in self._bell:
             os.set_blocking(end, False)
             weakref.finalize(self, os.close, end)
 
     def start(self) -> None:
-        """Start the thread; interpreter exit stops and joins it."""
+        """Start the thread; interpreter exit stops and joins it.
+
+        That may take as long as the message in hand: if its data was sent, up to ten minutes, unless
+        a second Ctrl-C ends it.
+        """
         atexit.register(self._stop_and_join)
         super().start()
 
@@ -1390,294 +2302,460 @@ class QueueProcessorThread(threading.Thread):
 
     def run(self) -> None:
         """Make passes until `stop()`."""
-        outage_began = float("inf")
         if self._pid != os.getpid():  # what is read from the bell of several forks is lost to the others
             self._make_bell()
+        woken = False
         try:
             while not self._stopping:
                 trigger = self._queue._open_trigger()  # anew, for somebody may have replaced it
                 try:
-                    outage = self._try_process()
-                    outage_began = min(outage_began, self._clock()) if outage else float("inf")
-                    lasted = min(self._clock() - outage_began, _OUTAGE_WAIT_MAX)  # so the wait doubles
-                    self._wait(max(self._interval, lasted), [self._bell[0], *(() if outage else trigger)])
+                    self._try_process(woken)
+                    woken = self._wait(trigger)
                 finally:
-                    for fd in trigger:
-                        os.close(fd)
+                    if trigger is not None:
+                        os.close(trigger)
         finally:
             self._queue._wake()  # the others, if this one was woken in their place
             atexit.unregister(self._stop_and_join)
 
-    def _try_process(self) -> RelayUnavailable | None:
+    def _try_process(self, woken: bool) -> None:
+        """Make a pass, and say when an outage is over."""
         try:
-            return self.process().outage
+            counts = self._pass(self._allowance(), woken)
         except Exception as error:  # the queue can't be read, for now
             _log.error("cannot process %s: %s", self._queue.path, _reason(error))
-            return None
+            return
+        if counts.outage is None:
+            if self._outage_began is not None and counts.messages:
+                _log.warning("the relay is back after %.0f s", self._clock() - self._outage_began)
+            self._outage_began = None
+        elif self._outage_began is None:
+            self._outage_began = self._clock()
 
-    def _wait(self, seconds: float, fds: Sequence[int]) -> None:
-        """Wait until one of *fds* is written to, and read it: before the next pass lists, so that no mail is missed."""
+    def _wait(self, trigger: int | None) -> bool:
+        """Wait for the next pass; return whether mail has come.
+
+        What was written to wake us is read before that pass lists, so that no mail is missed.
+        """
+        seconds = self._interval
+        fds = [self._bell[0]]
+        if self._outage_began is not None:  # the wait doubles, for it is as long as the outage has lasted
+            seconds = max(seconds, min(self._clock() - self._outage_began, _OUTAGE_WAIT_MAX))
+        else:
+            if trigger is not None:
+                fds.append(trigger)
+            if self._allowance() < 1:
+                seconds = self._finished[0] + self._interval - self._clock()
         poll = select.poll()
         for fd in fds:
             poll.register(fd, select.POLLIN)
-        poll.poll(min(1000 * seconds, 1 << 30))
-        for fd in fds:
+        ready = [fd for fd, _ in poll.poll(min(1000 * max(seconds, 0.001), 1 << 30))]
+        for fd in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(fd, 1 << 20)
+        return trigger in ready
 
     def process(self) -> _Counts:
         """Make one pass; return the number of messages `sent`, `deferred`, `failed` and `left` in the queue.
 
-        A message counts under each that befell one of its recipients.  If the relay is unavailable, the pass ends, and
-        `outage` says why.  Raise `OSError` if the queue can't be read.
+        A message counts under each that befell one of its recipients.  If the relay is unavailable,
+        the pass ends, and `outage` says why.  Raise `OSError` if the queue can't be read.
         """
-        courier = _Courier(self._mailer, self._clock, self._max_age, self._soft_bounce)
-        if self._clock() >= self._next_cleaning:
-            self._next_cleaning = self._clock() + 3600
-            self._queue._clean(self._clock())
-        released = self._recover(courier)
-        due = self._look("new")
-        self._suspects.intersection_update(due)
-        due = sorted(due, key=self._suspects.__contains__)[: self._batch][::-1]  # for pop()
-        counts = _Counts(left=sum(listing.size for listing in self._listings.values()) - released)  # now among the new
-        try:
-            if due and not self._stopping:
-                with _connected(self._mailer):  # before any claim, and before the helpers
-                    helpers = [threading.Thread(target=self._work_too, args=(courier, due, counts), daemon=True)
-                               for _ in range(min(self._workers, len(due)) - 1)]  # fmt: skip
-                    try:
-                        with contextlib.suppress(RuntimeError):  # no more threads, as at interpreter exit
-                            for helper in helpers:
-                                helper.start()
-                        self._work(courier, due, counts)
-                    finally:
-                        due.clear()  # an interrupt ends the work of all
-                        for helper in [helper for helper in helpers if helper.ident]:
-                            helper.join()
-        except RelayUnavailable as error:
-            counts.outage = error
-        if counts.outage:
+        return self._pass(self._batch)
+
+    def _pass(self, budget: float, woken: bool = False) -> _Counts:
+        """Take up dead claims; connect, if anything is due; send at most *budget* messages."""
+        queue = self._queue
+        queue._refuse_links()
+        self._clean()
+        courier = _Courier(queue, self._mailer, notify, self._clock, self._max_age, self._soft_bounce)
+        counts = courier.counts
+        counts.left = self._take_up_dead_claims()
+        fresh = self._fresh()
+        if not fresh:
+            self._look_at_deferred()
+        if (fresh or self._retries) and budget >= 1 and not self._stopping:
+            if woken and len(fresh) > 1:
+                queue._wake()  # the next processor
+            try:
+                with _connected(self._mailer):  # before any claim
+                    self._work(courier, fresh, budget)
+            except RelayUnavailable as error:
+                counts.outage = error
+            self._look_at_deferred()  # if that was not done yet
+            fresh = self._fresh()
+            counts.left = sum(1 for _ in queue._names("cur"))
+        counts.left += len(fresh) + self._waiting
+        if counts.outage is not None:
             _log.warning("relay unavailable, %d left in the queue: %s", counts.left, _reason(counts.outage))
         return counts
 
-    def _recover(self, courier: _Courier) -> int:
-        """Release what stands in cur/ and was abandoned by a process that died; return how many that is."""
-        for event in courier.settle_unwritten(self._queue):
-            notify(event)
-        released = 0
-        for name in self._look("cur"):
+    def _work(self, courier: _Courier, fresh: Sequence[str], budget: float) -> None:
+        """Deliver what is *fresh*, then one retry after the other; but what is new by then goes before each."""
+        while True:
+            for name in fresh:
+                if self._stopping or budget < 1:
+                    return
+                budget -= self._deliver(courier, "new", name)
+            self._look_at_deferred()
+            if self._stopping or budget < 1 or not self._retries:
+                return
+            budget -= self._deliver(courier, "deferred", self._retries.popleft())
+            fresh = self._fresh()
+
+    def _deliver(self, courier: _Courier, directory: str, name: str) -> int:
+        """Deliver one message, if nobody else has claimed it; return how many (0 or 1) that was."""
+        done = courier.counts.messages
+        deferred = courier.counts.deferred
+        try:
+            courier.deliver(directory, name)
+        except OSError as error:
+            self._leave_alone(directory, name, error)
+        finally:
+            if directory == "deferred":
+                self._waiting -= 1
+            self._waiting += courier.counts.deferred - deferred
+            done = courier.counts.messages - done
+            if done and self._batch < math.inf:
+                self._finished.append(self._clock())
+        return done
+
+    def _allowance(self) -> float:
+        """Return how many messages may be sent now, so that there are no more than *batch* in any interval."""
+        now = self._clock()
+        while self._finished and not now - self._interval < self._finished[0] <= now:
+            self._finished.popleft()
+        return self._batch - len(self._finished)
+
+    def _clean(self) -> None:
+        """Once an hour, remove litter."""
+        now = self._clock()
+        if not now < self._next_cleaning <= now + 3600:
+            self._next_cleaning = now + 3600
+            self._queue._clean(now)
+
+    def _take_up_dead_claims(self) -> int:
+        """Release what stands in cur/ and was abandoned by a process that died; return how many others hold."""
+        held = 0
+        for name in list(self._queue._names("cur")):
+            held += 1
+            if self._is_left_alone(name):
+                continue
             try:
-                if abandoned := self._queue._lock("cur", name):
+                abandoned = self._queue._lock("cur", name)
+                if abandoned is not None:
                     with contextlib.closing(abandoned):
                         abandoned.release()
-                    released += 1
+                    held -= 1
             except OSError as error:
-                self._leave("cur", name, error)
-        return released
+                self._leave_alone("cur", name, error)
+        return held
 
-    def _look(self, directory: str) -> list[str]:
-        """Return what is due in *directory*, in order of arrival: [], without listing it, if nothing can have changed.
+    def _fresh(self) -> list[str]:
+        """Return what stands in new/, in order of arrival."""
+        return sorted(name for name in self._queue._names("new") if not self._is_left_alone(name))
 
-        A change within the clock tick of the one before leaves the mtime as it is: younger than 2 s, it proves nothing.
-        """
-        now, mtime = self._clock(), os.stat(self._queue._path(directory)).st_mtime_ns
-        known = self._listings[directory]
-        if mtime == known.mtime and known.listed <= now < known.valid_until:
-            return []
-        names = self._queue._names(directory)
-        due, waiting, next_due = _schedule(names, now) if directory == "new" else (list(names), 0, now + _BACKOFF_MAX)
-        not_before = {name: when for name, when in tuple(self._not_before.items()) if now < when <= now + _BACKOFF_MIN}
-        ready, self._not_before = sorted(name for name in due if name not in not_before), not_before
-        valid_until = min([next_due, *not_before.values()]) if not ready and now - mtime / 1e9 > 2 else 0.0
-        self._listings[directory] = _Listing(mtime, now, valid_until, len(due) + waiting)
-        return ready
+    def _look_at_deferred(self) -> None:
+        """Learn what is due in deferred/: once a minute, or when the first message known to be in it falls due."""
+        now = self._clock()
+        if self._retries or now < self._next_look <= now + _LOOK_INTERVAL:
+            return
+        due = []
+        self._waiting = 0
+        self._next_look = now + _LOOK_INTERVAL
+        waiting_from = f"{int(now) + 1:010}"
+        waiting_to = f"{int(now + _BACKOFF_MAX):010}"
+        first = waiting_to
+        for name in self._queue._names("deferred"):
+            self._waiting += 1
+            # as text first: there may be a million
+            if waiting_from <= name[:10] <= waiting_to and _due_time(name, now):
+                first = min(first, name[:10])
+            elif not self._is_left_alone(name):
+                due.append(name)
+        self._next_look = min(self._next_look, float(first))
+        self._retries.extend(sorted(due))
 
-    def _work_too(self, courier: _Courier, due: list[str], counts: _Counts) -> None:
-        """Work over one more connection; if there is none to be had, the first goes on alone."""
-        with contextlib.suppress(RelayUnavailable), _connected(self._mailer):
-            self._work(courier, due, counts)
+    def _is_left_alone(self, name: str) -> bool:
+        if name not in self._left_alone:
+            return False
+        now = self._clock()
+        if now < self._left_alone[name] <= now + _BACKOFF_MIN:
+            return True
+        del self._left_alone[name]
+        return False
 
-    def _work(self, courier: _Courier, due: list[str], counts: _Counts) -> None:
-        """Claim and deliver one message after the other, until there is none or the relay is unavailable."""
-        while not self._stopping and not counts.outage:
-            try:
-                name = due.pop()
-            except IndexError:
-                return
-            kinds: set[type] = set()
-            try:
-                claim = self._queue._claim(name)
-                for event in courier.deliver(claim) if claim else ():
-                    notify(event)
-                    kinds.add(type(event))
-            except RelayUnavailable as error:
-                counts.outage = error
-                kinds.add(RelayUnavailable)
-                self._suspects.add(name)
-            except Exception as error:
-                self._leave("new", name, error)
-            with self._counting:
-                counts.sent += MailSentEvent in kinds
-                counts.deferred += MailDeferredEvent in kinds
-                counts.failed += MailErrorEvent in kinds
-                counts.left -= bool(kinds) and not kinds & {MailDeferredEvent, RelayUnavailable}
-
-    def _leave(self, directory: str, name: str, error: Exception) -> None:
+    def _leave_alone(self, directory: str, name: str, error: Exception) -> None:
         """Leave alone for a minute what can't be claimed or settled."""
-        self._not_before[name] = self._clock() + _BACKOFF_MIN
+        for known_as in (name, _DUE.sub("", name)):
+            self._left_alone[known_as] = self._clock() + _BACKOFF_MIN
         _log.error("leaving alone %s/%s for now: %s", directory, _printable(name), _reason(error))
 
 
 # --------------------------------------------------------------------------------------------- command line
 
-_HELP = """\
-usage: python -m sendmail --maildir DIR [option ...]               send what is due, once; for cron
-       python -m sendmail --maildir DIR --interval SECONDS         keep doing so
-       python -m sendmail --maildir DIR -t < message               queue a message, as sendmail(8) does,
-       python -m sendmail --maildir DIR [-f SENDER] RECIPIENT ...  or for these recipients
-       python -m sendmail --maildir DIR --list [--json]            show the queue
-       python -m sendmail --maildir DIR --requeue [NAME ...]       make failed and deferred messages due again
 
-  --maildir DIR         the queue, made if it is missing (default: $SENDMAIL_MAILDIR)
-  --interval SECONDS    stay, and look for mail that often, and whenever some is queued
-  --batch N             messages in one pass, at most (default: all that are due)
-  --workers N           connections to the relay (default: 1)
-  --max-age DAYS        give up what the relay still defers after so long (default: 5)
-  --soft-bounce         defer what the relay refuses for good
-  --print               print what is due instead of sending it: it leaves the queue (to look at it, use --list)
-  --hostname HOST, --port PORT    the relay (default: localhost, 25)
-  --username NAME       log in, with the password in $SENDMAIL_PASSWORD or
-  --password-file FILE  in the first line of FILE, read at every login
-  --auth MECHANISM      CRAM-MD5, PLAIN, LOGIN or XOAUTH2 (default: the best of the first three)
-  --no-tls, --force-tls, --implicit-tls    never use TLS, require STARTTLS, speak TLS from the start (port 465)
-  --timeout SECONDS     for each step of the dialogue (default: 60); the reply to the data has ten minutes
-  --domain DOMAIN       completes addresses without one (default: this host's name)
-  --verbose             log what was sent or deferred, too
-  --help, --version
+class _Option(NamedTuple):
+    name: str
+    value: str  # what stands for its value in the help; '' if it takes none
+    modes: str  # those in which it means something
+    help: str
 
-of sendmail(8): -t takes the recipients from To, Cc and Bcc, besides those given; -i, -oi: a line with only a dot does
-not end the message; -f, -r SENDER: envelope sender (default: you; <> is none); -F NAME: your name, for a missing From
 
-exit status: 0 done, or stopped by a signal, even if messages were deferred or given up; 64 usage; 65 bad message, or no
-message called NAME; 73 queue can't be opened or made; 74 input or output error; 75 relay unavailable; 130 interrupted
+_EVERY_MODE = "pass list requeue inject"
+_OPTIONS = (
+    _Option("maildir", "DIR", _EVERY_MODE, "the queue, made if it is missing\n(default: $SENDMAIL_MAILDIR)"),
+    _Option("interval", "SECONDS", "pass", "stay, look for mail that often, and when some is queued"),
+    _Option("workers", "N", "pass", "processors, each with a connection (default: 1)"),
+    _Option("batch", "N", "pass", "messages that each of them sends in any interval,\nor in its one pass, at most"),
+    _Option("max-age", "DAYS", "pass", "give up what is still deferred then (default: 5)"),
+    _Option("soft-bounce", "", "pass", "defer what the relay refuses for good"),
+    _Option("print", "", "pass",
+            "print what is due, which leaves the queue, instead of\n"
+            "sending it (to look at it, use --list)"),
+    _Option("hostname", "HOST", "pass",
+            "the relay, HOST or HOST:PORT, or several, in order of\n"
+            "preference, with commas between (default: localhost)"),
+    _Option("port", "PORT", "pass", "its port (default: 25)"),
+    _Option("username", "NAME", "pass", "log in, with the password in $SENDMAIL_PASSWORD, or"),
+    _Option("password-file", "FILE", "pass", "in the first line of FILE, read at every login"),
+    _Option("auth", "MECHANISM", "pass", "CRAM-MD5, PLAIN, LOGIN or XOAUTH2\n(default: the best of the first three)"),
+    _Option("no-tls", "", "pass", "never use TLS"),
+    _Option("force-tls", "", "pass", "require STARTTLS"),
+    _Option("implicit-tls", "", "pass", "speak TLS from the start, as on port 465"),
+    _Option("timeout", "SECONDS", "pass",
+            "for each step of the dialogue (default: 60);\n"
+            "the reply to the data has ten minutes"),
+    _Option("list", "", "list", "show the queue,"),
+    _Option("json", "", "list", "as a JSON object for each message"),
+    _Option("requeue", "", "requeue", "make failed and deferred messages due again"),
+    _Option("domain", "DOMAIN", "inject", "completes addresses without one (default: this\nhost's name)"),
+    _Option("verbose", "", _EVERY_MODE, "log what was sent or deferred, too"),
+    _Option("help", "", _EVERY_MODE, "show this"),
+    _Option("version", "", _EVERY_MODE, "show the version"),
+)  # fmt: skip
+_USAGE = """\
+usage: python -m sendmail --maildir DIR [option ...]       send what is due, once
+       python -m sendmail --maildir DIR --interval SECONDS       keep doing so
+       python -m sendmail --maildir DIR -t < message             queue a message,
+       python -m sendmail --maildir DIR [-f SENDER] RECIPIENT ...  or for these
+       python -m sendmail --maildir DIR --list [--json]          show the queue
+       python -m sendmail --maildir DIR --requeue [NAME ...]     try again
 """
-# what --help says is what there is: the name of each option, and of its value
-_OPTIONS = dict(re.findall(r"--([a-z-]+)(?: ([A-Z]+))?", _HELP))
-_NUMBERS = {"SECONDS": float, "DAYS": float, "N": int, "PORT": int}
+_EPILOGUE = """
+of sendmail(8), to queue a message:
+  -t                    take the recipients from To, Cc and Bcc, too
+  -i, -oi               a line with only a dot does not end the message
+  -f SENDER, -r SENDER  envelope sender (default: you; <> is none)
+  -F NAME               your name, for a missing From
+others are ignored, but -bp, which is --list.
+
+exit status: 0 done, or stopped by a signal, even if messages were deferred or
+given up; 64 usage; 65 bad message, or no message called NAME; 73 the queue
+can't be opened or made; 74 input or output error; 75 relay unavailable;
+130 interrupted
+"""
 _SENDMAIL_OPTIONS = "A:B:C:F:GIL:N:O:R:UV:X:b:ce:f:h:imno:p:r:tv"  # Postfix's; -q is not getopt's kind
-_TIMES, _SIZES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")), ((10**6, "MB"), (1000, "kB"), (1, "B"))
-_ERASE = "\r\x1b[K"  # the line on a terminal
+_KINDS: Mapping[str, Callable[[str], float]] = {"SECONDS": float, "DAYS": float, "N": int, "PORT": int}
+_MODES = {
+    "pass": "a pass over the queue", "list": "--list", "requeue": "--requeue",
+    "inject": "queueing a message (recipients, or options of sendmail)",
+}  # fmt: skip
+_TIMES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+_SIZES = ((10**6, "MB"), (1000, "kB"), (1, "B"))
+_LISTED = ("cur", "new", "deferred", ".failed/new", ".failed/cur")
 
 
 class _Exit(Exception):
     """Ends the command line, with a status and a line for people."""
 
+    def __init__(self, status: int, line: str = "") -> None:
+        super().__init__(line)
+        self.status = status
 
-def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Return our options, those of sendmail(8), and the operands."""
-    runs = [arg for arg in itertools.takewhile(lambda arg: arg != "--", argv) if arg.startswith("-q")]
-    for run in runs:  # only an attached value is one
-        argv.remove(run)
-    os.environ.pop("POSIXLY_CORRECT", None)  # options may stand after recipients
+
+@dataclasses.dataclass
+class _Arguments:
+    """A command line that was understood."""
+
+    mode: str
+    ours: dict[str, Any]
+    theirs: dict[str, str]  # options of sendmail(8)
+    operands: list[str]
+
+
+def _help() -> str:
+    lines = [_USAGE]
+    for option in _OPTIONS:
+        head = f"  --{option.name} {option.value}"
+        for line in option.help.split("\n"):
+            lines.append(f"{head:24}{line}")
+            head = ""
+    return "\n".join(lines) + "\n" + _EPILOGUE.rstrip()
+
+
+def _parse(argv: Sequence[str]) -> _Arguments:
+    """Understand *argv*.  Raise `_Exit` if it makes no sense."""
+    values = {option.name: option.value for option in _OPTIONS}
+    known = [name + "=" * bool(value) for name, value in values.items()]
+    first_part = list(itertools.takewhile(lambda arg: arg != "--", argv))
+    runs = [arg for arg in first_part if arg.startswith("-q")]  # of these only an attached value is one
+    rest = [arg for arg in first_part if not arg.startswith("-q")] + list(argv[len(first_part) :])
     try:
-        known = [name + "=" * bool(value) for name, value in _OPTIONS.items()]
-        pairs, operands = getopt.gnu_getopt(argv, _SENDMAIL_OPTIONS, known)
+        pairs, operands = _getopt(rest, [*known, "password="])
     except getopt.GetoptError as error:
         raise _Exit(os.EX_USAGE, f"{error}; see --help") from None
-    ours: dict[str, Any] = {name[2:]: value if _OPTIONS[name[2:]] else True for name, value in pairs if name[1] == "-"}
-    theirs = {option + value * (option in ("-o", "-b")): value for option, value in pairs if option[1] != "-"}
-    theirs.update(dict.fromkeys([*runs, *("--" for arg in argv if arg == "--" and "requeue" not in ours)], ""))
-    for name, text in ours.items():
-        if kind := _NUMBERS.get(_OPTIONS[name]):
-            with contextlib.suppress(ValueError):
-                ours[name] = kind(text)
-            if not (isinstance(ours[name], kind) and 0 < ours[name] < 1e9):
-                raise _Exit(os.EX_USAGE, f"--{name} takes a positive {kind.__name__}, not {text!r}")
+    ours: dict[str, Any] = {}
+    theirs = dict.fromkeys(runs, "")
+    for option, value in pairs:
+        name = option[2:]
+        if not option.startswith("--"):
+            theirs[option + (value if option in ("-o", "-b") else "")] = value
+        elif option not in [arg.partition("=")[0] for arg in rest]:
+            raise _Exit(os.EX_USAGE, f"no option may be abbreviated: write {option}; see --help")
+        elif name == "password":
+            raise _Exit(os.EX_USAGE, "a password on the command line is seen by everybody: use --password-file FILE")
+        else:
+            ours[name] = _converted(name, values[name], value)
+    arguments = _Arguments("pass", ours, theirs, operands)
     if "-bp" in theirs:
-        ours["list"] = theirs.pop("-bp")
-    injection = bool(theirs or (operands and "requeue" not in ours))
-    modes = sum(name in ours for name in ("list", "requeue")) + injection + ("interval" in ours or "print" in ours)
-    if modes > 1 or ("json" in ours and "list" not in ours):
-        raise _Exit(os.EX_USAGE, "these options do not go together; see --help")
-    if any(option.startswith("-b") and option != "-bm" for option in theirs):
-        raise _Exit(os.EX_USAGE, "of -b only -bm and -bp are for this program")
-    return ours, theirs, operands
+        ours["list"] = ""
+        theirs.clear()
+    if "list" in ours:
+        arguments.mode = "list"
+    elif "requeue" in ours:
+        arguments.mode = "requeue"
+    elif theirs or operands or len(first_part) < len(argv):
+        arguments.mode = "inject"
+    _check_mode(arguments)
+    return arguments
+
+
+def _getopt(argv: list[str], known: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Call `gnu_getopt`, under POSIXLY_CORRECT, too: options may stand after recipients."""
+    posixly_correct = os.environ.pop("POSIXLY_CORRECT", None)
+    try:
+        return getopt.gnu_getopt(argv, _SENDMAIL_OPTIONS, known)
+    finally:
+        if posixly_correct is not None:
+            os.environ["POSIXLY_CORRECT"] = posixly_correct
+
+
+def _converted(name: str, kind: str, text: str) -> Any:
+    """Return the value of an option.  Raise `_Exit` if it is no positive number, where it must be one."""
+    if kind not in _KINDS:
+        return text
+    with contextlib.suppress(ValueError):
+        number = _KINDS[kind](text)
+        if 0 < number < 1e9:
+            return number
+    raise _Exit(os.EX_USAGE, f"--{name} takes a positive number ({kind}), not {text!r}")
+
+
+def _check_mode(arguments: _Arguments) -> None:
+    """Raise `_Exit` where options do not go together: a stray word must not turn a daemon into a sender."""
+    doing = _MODES[arguments.mode]
+    for option in _OPTIONS:
+        if option.name in arguments.ours and arguments.mode not in option.modes.split():
+            raise _Exit(os.EX_USAGE, f"--{option.name} does not go together with {doing}; see --help")
+    for theirs in arguments.theirs:
+        if arguments.mode != "inject":
+            raise _Exit(os.EX_USAGE, f"{theirs} does not go together with {doing}; see --help")
+        if theirs.startswith("-b") and theirs != "-bm":
+            raise _Exit(os.EX_USAGE, f"{theirs}: of -b only -bm and -bp are for this program")
+    if arguments.mode == "list" and arguments.operands:
+        raise _Exit(os.EX_USAGE, f"--list takes no names, but got {arguments.operands[0]!r}; see --help")
+
+
+def _first_line(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.readline().rstrip("\r\n")
 
 
 def _make_mailer(options: Mapping[str, Any]) -> Mailer:
+    """Return the mailer that the command line describes.  Raise `_Exit` if there can be none."""
     if "print" in options:
         return StreamMailer()
-
-    def password() -> str:
-        if "password-file" not in options:
-            return os.environ["SENDMAIL_PASSWORD"]
-        with open(options["password-file"], encoding="utf-8") as file:
-            return file.readline().rstrip("\r\n")
-
-    names = ("hostname", "port", "username", "auth", "timeout", "no-tls", "force-tls", "implicit-tls")
-    settings: Any = {name.replace("-", "_"): options[name] for name in names if name in options}
-    if "password-file" in options or ("username" in options and "SENDMAIL_PASSWORD" in os.environ):
-        settings["password"] = password
-    return SMTPMailer(**settings)
+    settings: dict[str, Any] = {}
+    for name in ("hostname", "port", "username", "auth", "timeout"):
+        if name in options:
+            settings[name] = options[name]
+    for name in ("no-tls", "force-tls", "implicit-tls"):
+        settings[name.replace("-", "_")] = name in options
+    password_file = options.get("password-file")
+    try:
+        if password_file is not None:
+            with open(password_file, "rb"):  # better now than at the first login
+                settings["password"] = functools.partial(_first_line, password_file)
+        elif "username" in options and "SENDMAIL_PASSWORD" in os.environ:
+            settings["password"] = os.environ["SENDMAIL_PASSWORD"]
+        return SMTPMailer(**settings)
+    except OSError as error:
+        raise _Exit(os.EX_USAGE, f"cannot read the password file: {_reason(error)}") from None
+    except ValueError as error:
+        raise _Exit(os.EX_USAGE, str(error)) from None
 
 
 def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
-    """Run a processor: for one pass, or until a signal; a second one ends it at once."""
-    try:
-        mailer = _make_mailer(options)
-    except ValueError as error:
-        raise _Exit(os.EX_USAGE, str(error)) from None
-    processor = QueueProcessorThread(
-        queue, mailer, options.get("interval", 3), batch=options.get("batch"), workers=options.get("workers", 1),
-        max_age=options["max-age"] * 86400 if "max-age" in options else _MAX_AGE, soft_bounce="soft-bounce" in options,
-    )  # fmt: skip
+    """Run the processors: for one pass, or until a signal; a second one ends them at once."""
+    mailer = _make_mailer(options)
+    processors = []
+    for _ in range(options.get("workers", 1)):
+        processors.append(QueueProcessorThread(
+            queue, mailer, options.get("interval", 3.0), batch=options.get("batch"),
+            max_age=options.get("max-age", 5) * 86400, soft_bounce="soft-bounce" in options,
+        ))  # fmt: skip
 
     def stop(signum: int, _frame: object) -> None:
         signal.signal(signum, signal.SIG_DFL)
-        processor.stop()
+        for processor in processors:
+            processor.stop()
 
-    seen, total = set(), 0
-
-    def progress(event: MailEvent) -> None:
-        seen.add(event.message_id)
-        print(f"{_ERASE}{len(seen)} of {total}", end="", file=sys.stderr, flush=True)
+    def work(processor: QueueProcessorThread) -> bool:
+        """Return whether the relay could be used."""
+        if "interval" in options:
+            processor.run()
+            return True
+        return processor.process().outage is None  # which the log has told
 
     with contextlib.ExitStack() as undo:
-        main_thread = threading.current_thread() is threading.main_thread()
-        for signum in (signal.SIGTERM, signal.SIGINT) if main_thread else ():
-            undo.callback(signal.signal, signum, signal.signal(signum, stop))
-        if "interval" in options:
-            return processor.run()
-        if sys.stderr and sys.stderr.isatty() and "verbose" not in options:
-            total = sum(1 for _ in _all(queue, "new", "cur"))
-            undo.callback(print, _ERASE, end="", file=sys.stderr)
-            undo.callback(unsubscribe, subscribe(progress))
-        if processor.process().outage:  # which the log has told
-            raise _Exit(os.EX_TEMPFAIL, "")
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                undo.callback(signal.signal, signum, signal.signal(signum, stop))
+        if len(processors) == 1:
+            results = [work(processors[0])]
+        else:
+            pool = undo.enter_context(concurrent.futures.ThreadPoolExecutor(len(processors)))
+            results = list(pool.map(work, processors))
+    if not all(results):
+        raise _Exit(os.EX_TEMPFAIL)
 
 
-def _addresses(text: str, domain: str) -> list[str]:
-    """Return the addresses in *text*, completed with *domain*; what is none as it is, to be refused."""
-    found = _parse_addresses(text, bare=False) if not re.search(r"[\0-\x1f]", text) else ()
-    words = {word.strip(' "') for word in re.split("[,:;<>()]", text)}
-    if any("@" not in address and address not in words for address in found):  # the first of several words
-        return [text]
-    return [address if "@" in address else f"{address}@{domain}" for address in found] or [text]
+def _completed(text: str, domain: str) -> list[str]:
+    """Return the addresses in *text*, those without a domain completed with *domain*."""
+    addresses = []
+    for address in _split_addresses(text):
+        if re.fullmatch(_LOCAL_PART, address):
+            address += f"@{domain}"
+        addresses.append(address)
+    return addresses
 
 
-def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str], operands: Iterable[str]) -> None:
-    """Queue the message on standard input."""
-    domain = options.get("domain") or socket.gethostname()
-    recipients = [address for operand in operands for address in _addresses(operand, domain)]
-    if not recipients and "-t" not in flags:
-        raise _Exit(os.EX_USAGE, "no recipients: name them, or use -t; see --help")
+def _sender(flags: Mapping[str, str], domain: str) -> str:
+    """Return the envelope sender: the one given, else the user."""
     sender = flags.get("-f", flags.get("-r"))
     if sender is None:
         try:
             sender = pwd.getpwuid(os.getuid()).pw_name
         except KeyError:  # as in many a container
             sender = f"uid{os.getuid()}"
-    sender = "" if sender in ("", "<>") else _addresses(sender, domain)[0]
+    if sender in ("", "<>"):
+        return ""
+    return ",".join(_completed(sender, domain))  # several are refused later
+
+
+def _read_message(flags: Mapping[str, str]) -> bytes:
+    """Return the message on standard input.  Raise `_Exit` if it can't be read."""
     try:
         lines = iter(sys.stdin.buffer.readline, b"")
         if not flags.keys() & {"-i", "-oi"}:
@@ -1685,19 +2763,38 @@ def _inject(queue: Maildir, options: Mapping[str, Any], flags: Mapping[str, str]
         message = b"".join(lines)
     except (OSError, ValueError, AttributeError) as error:  # closed, in one of three ways
         raise _Exit(os.EX_IOERR, f"cannot read the message from standard input: {_reason(error)}") from None
-    if message.startswith(b"From "):  # of an mbox
-        message = message.partition(b"\n")[2]
+    return re.sub(rb"\A(?:>*From [^\n]*\n)+", b"", message)  # of an mbox
+
+
+def _recipients_in(headers: bytes, domain: str) -> list[str]:
+    """Return the recipients in To, Cc and Bcc or, where there are such, in their Resent- fields."""
+    values = _header_values(headers, b"Resent-(?:To|Cc|Bcc)")
+    if not values:
+        values = _header_values(headers, b"(?:To|Cc|Bcc)")
+    return [address for value in values for address in _completed(value, domain)]
+
+
+def _inject(queue: Maildir, arguments: _Arguments) -> None:
+    """Queue the message on standard input."""
+    flags = arguments.theirs
+    domain = arguments.ours.get("domain") or socket.gethostname()
+    recipients = []
+    for operand in arguments.operands:
+        recipients += _completed(operand, domain) or [operand]
+    if not recipients and "-t" not in flags:
+        raise _Exit(os.EX_USAGE, "no recipients: name them, or use -t; see --help")
+    sender = _sender(flags, domain)
+    message = _read_message(flags)
     headers = _headers_of(message)
     if "-t" in flags:
-        resent = list(_fields(headers, b"Resent-(?:To|Cc|Bcc)"))
-        for value in resent or [value for name in (b"To", b"Cc", b"Bcc") for value in _fields(headers, name)]:
-            if _parse_addresses(value, bare=False) or value.rstrip(" ;,:") == value != "":  # or else an empty group
-                recipients += _addresses(value, domain)
+        recipients += _recipients_in(headers, domain)
     message = _BCC.sub(b"", headers) + message[len(headers) :]
-    if next(_fields(headers, b"From"), None) is None:
+    if not _header_values(headers, b"From"):
         author = sender or f"MAILER-DAEMON@{domain}"
-        name = email.utils.formataddr((_printable(flags.get("-F", "")), ""))[:-2]  # it takes ASCII addresses alone
-        message = _with_header_lines(message, f"From: {name}<{author}>" if name else f"From: {author}")
+        name = _printable(flags.get("-F", ""))
+        if name:
+            author = email.utils.formataddr((name, ""))[:-2] + f"<{author}>"  # it takes ASCII addresses alone
+        message = _with_header_lines(message, f"From: {author}")
     queue.add(sender, recipients, message)
 
 
@@ -1707,56 +2804,81 @@ def _human(number: float, units: Sequence[tuple[int, str]]) -> str:
     return f"{number / size:.0f} {unit}"
 
 
-def _all(queue: Maildir, *directories: str) -> Iterator[tuple[str, str]]:
-    """Yield directory and name of all that stands in *directories*, so far as these exist."""
-    for directory in directories:
-        with contextlib.suppress(FileNotFoundError):
-            yield from [(directory, name) for name in sorted(queue._names(directory))]
+def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, Any]:
+    """Return what there is to show of a message.  Raise `FileNotFoundError` if it is gone."""
+    path = queue._path(directory, name)
+    status = os.lstat(path)
+    entry: dict[str, Any] = {
+        "name": name, "state": "due", "age": _age(_DUE.sub("", name), status, now), "size": status.st_size, "due": None,
+        "message_id": "", "subject": "", "sender": "", "recipients": (), "error": "",
+    }  # fmt: skip
+    if directory.startswith("."):
+        entry["state"] = "failed"
+    elif directory == "deferred" and _due_time(name, now) > now:
+        entry["state"] = "deferred"
+        entry["due"] = _due_time(name, now)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb"):
+            if directory == "cur":
+                with contextlib.suppress(BlockingIOError):
+                    entry["state"] = "sending"
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    entry["state"] = "due"  # abandoned: a pass of this moment leaves it to the next
+            head = _read_head(fd)
+        envelope = _parse_envelope(head)
+        headers = _headers_of(head[envelope.length :])
+        entry["message_id"] = _message_id_in(headers)
+        entry["subject"] = _decoded("".join(_header_values(headers, b"Subject")[:1]))
+        entry.update(sender=envelope.fromaddr, recipients=envelope.toaddrs, error=envelope.error)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # no message can stop the listing
+        entry["error"] = _reason(error)
+    return entry
 
 
-def _entries(queue: Maildir) -> Iterator[dict[str, Any]]:
-    """Yield what there is to show of each message."""
+def _entries(queue: Maildir, troubles: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield what there is to show of each message; *troubles* gets what can't be shown."""
     now = time.time()
-    for directory, name in _all(queue, "cur", "new", ".failed/new", ".failed/cur"):
-        path = queue._path(directory, name)
-        _, deferred, due = _schedule([name] if directory == "new" else [], now)
-        entry: dict[str, Any] = {"name": name, "state": "deferred" if deferred else "due"}
+    for directory in _LISTED:
         try:
-            entry.update(age=_age(name, path, now), size=os.stat(path).st_size, sender="", recipients=())
-            entry.update(due=due if deferred else None, error="")
-            locked = directory == "cur" and queue._lock(directory, name)  # a pass of this moment leaves it to the next
-            entry["state"] = "failed" if directory[0] == "." else "sending" if locked is None else entry["state"]
-            with contextlib.closing(locked or _Claim(queue, directory, name)) as claim:
-                claim.read()
-                entry.update(sender=claim.fromaddr, recipients=claim.toaddrs, error=claim.error)
-        except FileNotFoundError:  # gone by now
+            names = sorted(queue._names(directory))
+        except OSError as error:
+            troubles.append(_reason(error))
             continue
-        except Exception as error:  # no message can stop the listing
-            entry["error"] = _reason(error)
-        yield entry
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # gone by now
+                yield _entry(queue, directory, name, now)
 
 
-def _table(queue: Maildir) -> Iterator[str]:
+def _table(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines that show the queue, for eyes."""
-    entries = list(_entries(queue))
-    longest = max((len(entry["name"]) for entry in entries), default=0)
+    counts: collections.Counter[str] = collections.Counter()
+    oldest = 0.0
     for entry in entries:
-        wait = f" for {_human(entry['due'] - time.time(), _TIMES)}" if entry["state"] == "deferred" else ""
-        age, size = _human(entry["age"], _TIMES), _human(entry["size"], _SIZES)
-        yield f"{entry['name']:{longest}}  {age:>6}  {size:>6}  {entry['state']}{wait}"
+        counts[entry["state"]] += 1
+        oldest = max(oldest, entry["age"])
+        state = entry["state"]
+        if entry["due"]:
+            state += f" for {_human(entry['due'] - time.time(), _TIMES)}"
+        yield entry["name"]
+        yield f"    {state}, {_human(entry['age'], _TIMES)} old, {_human(entry['size'], _SIZES)}"
         yield f"    <{entry['sender']}> to {', '.join(entry['recipients'])}"
         if entry["error"]:
             yield f"    {entry['error']}"
-    states = [entry["state"] for entry in entries]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none"
-    yield f"messages: {counts}; oldest: {_human(max((entry['age'] for entry in entries), default=0), _TIMES)}"
+    total = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"
+    yield f"messages: {total}; oldest: {_human(oldest, _TIMES)}"
 
 
 def _fit(line: str) -> str:
     """Return *line*, parts of which others wrote, printable and no wider than the terminal."""
     line = "".join(c if c.isprintable() else "?" for c in line)
-    width = os.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 0  # 0: unknown
-    return line if not width or len(line) <= width else f"{line[: width - 1]}…"
+    if sys.stdout and sys.stdout.isatty():
+        width = os.get_terminal_size().columns
+        if 0 < width < len(line):  # 0: unknown
+            return f"{line[: width - 1]}…"
+    return line
 
 
 def _show(lines: Iterable[str]) -> None:
@@ -1766,72 +2888,139 @@ def _show(lines: Iterable[str]) -> None:
         print(_encodable(line, sys.stdout), flush=True)
 
 
+def _list(queue: Maildir, as_json: bool) -> None:
+    """Show the queue.  Raise `_Exit` if a part of it may not be read."""
+    troubles: list[str] = []
+    entries = _entries(queue, troubles)
+    if as_json:
+        _show(map(json.dumps, entries))
+    else:
+        _show(map(_fit, _table(entries)))
+    if troubles:
+        raise _Exit(os.EX_IOERR, f"not shown: {'; '.join(troubles)}")
+
+
 def _requeue(queue: Maildir, names: Sequence[str]) -> None:
     """Make failed and deferred messages due, all or those called *names*."""
-    missing, trouble = set(names), None
-    for directory, name in _all(queue, "new", ".failed/new", ".failed/cur"):
-        if name in missing or (not names and (directory != "new" or _DUE.search(name))):
+    missing = set(names)
+    trouble: OSError | None = None
+    for directory in ("deferred", ".failed/new", ".failed/cur"):
+        for name in sorted(queue._names(directory)):
+            if names and name not in missing:
+                continue
             try:
-                if claim := queue._lock(directory, name):
+                claim = queue._lock(directory, name)
+                if claim is not None:
                     with contextlib.closing(claim):
                         claim.requeue()
                     missing.discard(name)
             except OSError as error:
                 trouble = error
-    _fsync(queue._path("new"))
+    queue._secure("new")
     queue._wake()
-    if trouble:
+    if trouble is not None:
         raise trouble
     if missing:
-        raise _Exit(os.EX_DATAERR, f"not in the queue, or being sent: {', '.join(sorted(missing))}")
+        raise _Exit(os.EX_DATAERR, f"neither failed nor deferred: {', '.join(sorted(missing))}")
 
 
-def _run(argv: list[str]) -> None:
-    options, flags, operands = _parse(argv)
-    if "help" in options or "version" in options:
-        return _show([_HELP.rstrip() if "help" in options else f"sendmail.py {__version__}"])
-    _log.setLevel(logging.INFO if "verbose" in options else logging.WARNING)
+def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
+    """As root, become the queue's owner until *undo*, so that nothing in it ends up root's."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return
+    if os.geteuid() != 0 or status.st_uid == 0:
+        return
+    undo.callback(os.setgroups, os.getgroups())
+    undo.callback(os.setegid, os.getegid())
+    undo.callback(os.seteuid, os.geteuid())
+    try:
+        user = pwd.getpwuid(status.st_uid)
+        os.initgroups(user.pw_name, user.pw_gid)
+        os.setegid(user.pw_gid)
+    except KeyError:  # as in many a container
+        os.setgroups([])
+        os.setegid(status.st_gid)
+    os.seteuid(status.st_uid)
+
+
+def _open_queue(options: Mapping[str, Any], create: bool, undo: contextlib.ExitStack) -> Maildir:
     path = options.get("maildir") or os.environ.get("SENDMAIL_MAILDIR")
     if not path:
         raise _Exit(os.EX_USAGE, "no queue: name it with --maildir or $SENDMAIL_MAILDIR; see --help")
+    _become_owner(path, undo)
+    new = not os.path.lexists(path)
     try:
-        queue = Maildir(path, create=not options.keys() & {"list", "requeue"})
+        queue = Maildir(path, create)
     except (OSError, ValueError) as error:
-        raise _Exit(os.EX_CANTCREAT, _reason(error)) from None
-    if "json" in options:
-        _show(map(json.dumps, _entries(queue)))
-    elif "list" in options:
-        _show(map(_fit, _table(queue)))
-    elif "requeue" in options:
-        _requeue(queue, operands)
-    elif flags or operands:
-        _inject(queue, options, flags, operands)
+        raise _Exit(os.EX_CANTCREAT, f"cannot open the queue: {_reason(error)}") from None
+    if new:
+        _log.warning("made a new queue: %s", queue.path)
+    return queue
+
+
+def _run(argv: Sequence[str], undo: contextlib.ExitStack) -> None:
+    arguments = _parse(argv)
+    options = arguments.ours
+    if "help" in options:
+        return _show([_help()])
+    if "version" in options:
+        return _show([f"sendmail.py {__version__}"])
+    line = "sendmail: %(message)s"
+    if "interval" in options and "JOURNAL_STREAM" not in os.environ:
+        line = "%(asctime)s " + line
+    for handler in _log.handlers:
+        handler.setFormatter(logging.Formatter(line))
+    if "verbose" in options:
+        _log.setLevel(logging.INFO)
+    queue = _open_queue(options, arguments.mode in ("pass", "inject"), undo)
+    if arguments.mode == "list":
+        _list(queue, "json" in options)
+    elif arguments.mode == "requeue":
+        _requeue(queue, arguments.operands)
+    elif arguments.mode == "inject":
+        _inject(queue, arguments)
     else:
         _process(queue, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line *argv*, by default that of the process; return its exit status (see --help)."""
-    handler = logging.StreamHandler()
-    erase = _ERASE if sys.stderr and sys.stderr.isatty() else ""
-    handler.setFormatter(logging.Formatter(f"{erase}sendmail: %(message)s"))
-    _log.addHandler(handler)
-    status = 0
-    try:
-        _run(list(sys.argv[1:] if argv is None else argv))
-    except _Exit as error:
-        status, text = error.args
-        _log.error(text) if text else None
-    except KeyboardInterrupt:
-        status = 130
-    except (OSError, ValueError) as error:
-        status = os.EX_IOERR if isinstance(error, OSError) else os.EX_DATAERR
-        _log.error(_reason(error))
-    try:
-        sys.stdout.flush() if sys.stdout else None
-    except OSError:  # which was told; let the interpreter not try it again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    _log.removeHandler(handler)
+    if argv is None:
+        argv = sys.argv[1:]
+    status = os.EX_OK
+    with contextlib.ExitStack() as undo:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("sendmail: %(message)s"))
+        undo.callback(_log.removeHandler, handler)
+        undo.callback(_log.setLevel, _log.level)
+        _log.addHandler(handler)
+        _log.setLevel(logging.WARNING)
+        try:
+            _run(list(argv), undo)
+        except _Exit as error:
+            status = error.status
+            if str(error):
+                _log.error(str(error))
+        except KeyboardInterrupt:
+            status = 130
+        except BrokenPipeError:  # who read our output has seen enough
+            pass
+        except MemoryError:
+            status = os.EX_IOERR
+            _log.error("out of memory: the message is too large for this machine")
+        except OSError as error:
+            status = os.EX_IOERR
+            _log.error(_reason(error))
+        except ValueError as error:
+            status = os.EX_DATAERR
+            _log.error(_reason(error))
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:  # which was told; let the interpreter not try it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
