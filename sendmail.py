@@ -75,7 +75,6 @@ from __future__ import annotations
 
 import atexit
 import collections
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -128,11 +127,10 @@ _REPLY_LINES = 1000  # of one reply, at most
 _REPLY_LINE = 8192  # bytes of one line, at most
 _GROUP = 100  # recipients at a time (RFC 5321, 4.5.3.1.8)
 _CHUNK = 65536  # bytes that go out in one write, at most
-_CHUNKS_AHEAD = 16  # chunks of a message without a reply, at most
 _PIECE = 32_000  # bytes of a message; under 64 KB with dots stuffed and line ends made CRLF
-_HEAD = 1 << 24  # bytes of a file that envelope and headers may take
 _LARGE = 1 << 20  # bytes; a larger message is not written anew for each group of its recipients
 _FSYNCS_AT_ONCE = 16  # of one commit
+_Queue: TypeAlias = "Maildir | str | os.PathLike[str]"
 _Content: TypeAlias = "bytes | str | email.message.Message"
 _log = logging.getLogger("sendmail")
 
@@ -252,7 +250,7 @@ _LOCAL_PART = r'(?:"(?:[^"\\]|\\.)*"|[^\s,<>"@]+)'
 _ADDR_SPEC = re.compile(_LOCAL_PART + r'@[^\s,<>"@]+')
 _ADDR_SPECS = re.compile(rf"{_ADDR_SPEC.pattern}(?:, *{_ADDR_SPEC.pattern})*")
 _MAILBOX = re.compile(_LOCAL_PART + r'(?:@[^\s,<>"@]+)?')  # zope.sendmail takes a bare local part, too
-# What a list of addresses is made of: quoted strings, <addresses>, domain literals, punctuation, words.
+# What a list of addresses is made of: quoted strings, <addresses>, domain literals, words, punctuation.
 _ADDRESS_TOKEN = re.compile(
     r'"(?:[^"\\]|\\.)*(?:"|\Z)|<(?:"(?:[^"\\]|\\.)*"|[^<>"])*>|\[[^\[\]]*\]|[^",;:<>()\[\]]+|.', re.DOTALL
 )
@@ -282,23 +280,16 @@ def _encodable(text: str, stream: Any) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _reason(error: Any) -> str:
-    """Return in one line what the exception *error* says."""
-    if isinstance(error, smtplib.SMTPResponseException):
-        return str(Reply(error.smtp_code, error.smtp_error))  # type: ignore[arg-type]
-    return _printable(str(error)) or type(error).__name__
-
-
 def _split_addresses(text: str) -> list[str]:
     """Return the addresses in *text*, a list as in a To header (RFC 5322, 3.4), each once.
 
     Display names, comments, and the names of groups are left out.  What is no address is returned
     as it is, for the caller to refuse.  The time that this takes is proportional to the text.
     """
-    found: list[str] = []
-    words: list[str] = []
+    found = []
+    words: list[str] = []  # of one mailbox: an address, or a display name and <address>
     depth = 0  # of comments
-    for token in itertools.chain(_ADDRESS_TOKEN.findall(text), ","):
+    for token in [*_ADDRESS_TOKEN.findall(text), ","]:
         if token == "(":
             depth += 1
         elif token == ")" and depth:
@@ -306,23 +297,18 @@ def _split_addresses(text: str) -> list[str]:
         elif depth:
             continue
         elif token in (",", ";"):
-            found.append(_address_among(words))
-            words.clear()
+            in_brackets = [word[1:-1] for word in words if word[0] == "<"]
+            if len(in_brackets) == 1:
+                words = in_brackets
+            found.append("".join(words).strip())
+            words = []
         elif token == ":":
-            words.clear()  # which were the name of a group
+            words = []  # which were the name of a group
         else:
             words.append(token)
     if depth:
         return [text]
     return list(dict.fromkeys(filter(None, found)))
-
-
-def _address_among(words: Sequence[str]) -> str:
-    """Return the address among *words*, which may be a display name and `<address>`."""
-    in_brackets = [word for word in words if word[0] == "<" and len(word) > 2]
-    if len(in_brackets) == 1:
-        return in_brackets[0][1:-1].strip()
-    return "".join(words).strip()
 
 
 def _address(text: str) -> str:
@@ -331,14 +317,13 @@ def _address(text: str) -> str:
     Raise `ValueError` if it is anything else, `TypeError` if it is no string.
     """
     if not isinstance(text, str):
-        raise TypeError(f"an address must be a string, not {type(text).__name__}")
-    if text.isprintable():
-        addresses = [text]
-        if not _ADDR_SPEC.fullmatch(text):
-            addresses = _split_addresses(text)
-        if len(addresses) == 1 and _ADDR_SPEC.fullmatch(addresses[0]):
-            return "".join(addresses)  # of an Enum, the value
-    raise ValueError(f"not one address (local@domain, or Name <local@domain>): {_printable(text)!r}")
+        raise TypeError(f"an address must be a string, not {text!r}")
+    addresses = [text]
+    if not _ADDR_SPEC.fullmatch(text):
+        addresses = _split_addresses(text)
+    if not text.isprintable() or len(addresses) != 1 or not _ADDR_SPEC.fullmatch(addresses[0]):
+        raise ValueError(f"not one address (local@domain, or Name <local@domain>): {_printable(text)!r}")
+    return "".join(addresses)  # of an Enum, the value
 
 
 def _headers_of(message: bytes) -> bytes:
@@ -351,45 +336,40 @@ def _headers_of(message: bytes) -> bytes:
     return message[: end.end(1)]
 
 
-def _header_values(headers: bytes, name: bytes) -> list[str]:
+def _header_values(headers: bytes, name: str) -> list[str]:
     """Return the unfolded values of the headers called *name*, a regular expression."""
-    found = re.findall(rb"(?i)(?<![^\r\n])" + name + _FIELD_REST, headers)
+    found = re.findall(rb"(?i)(?<![^\r\n])" + name.encode() + _FIELD_REST, headers)
     return [" ".join(value.decode("utf-8", "replace").split()) for value in found]
 
 
-def _decoded(value: str) -> str:
-    """Return the value of a header with its encoded words (RFC 2047) decoded, as far as they can be."""
-    try:
-        return str(email.header.make_header(email.header.decode_header(value)))
-    except (ValueError, LookupError, email.errors.MessageError):
-        return value
+def _first_header(headers: bytes, name: str) -> str:
+    """Return the value of the first header called *name*, encoded words (RFC 2047) decoded; '' if there is none."""
+    value = "".join(_header_values(headers, name)[:1])
+    with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
+        value = str(email.header.make_header(email.header.decode_header(value)))
+    return value
 
 
-def _message_id_in(headers: bytes) -> str:
-    """Return the Message-Id without angle brackets, '' if there is none."""
-    for value in _header_values(headers, b"Message-Id"):
-        return _printable(value).strip("<> ")
-    return ""
+def _message_id(headers: bytes) -> str:
+    """Return the Message-Id without angle brackets."""
+    return _printable("".join(_header_values(headers, "Message-Id")[:1])).strip("<> ")
 
 
 def _with_header_lines(message: bytes, *lines: str) -> bytes:
-    """Return *message* with *lines* before it, in its own line ends, and set apart if it begins with no header."""
-    first_line = message[: message.find(b"\n") + 1]
-    line_end = b"\r\n" if first_line.endswith(b"\r\n") else b"\n"
-    added = b"".join(line.encode() + line_end for line in lines)
-    if _FIELD_NAME.match(message) or message[:1] in (b"\n", b"\r"):
-        return added + message
-    return added + line_end + message
+    """Return *message* with *lines* before it, set apart if it begins with no header."""
+    if not _FIELD_NAME.match(message) and message[:1] not in (b"\n", b"\r"):
+        message = b"\n" + message
+    return "".join(f"{line}\n" for line in lines).encode() + message
 
 
 def _serialise(message: _Content, addresses: Iterable[str]) -> bytes:
     """Return *message* as bytes; of a `Message`, a copy without Bcc."""
+    if isinstance(message, bytes):
+        return message
     if isinstance(message, str):
         return message.encode()
-    if isinstance(message, (bytes, bytearray, memoryview)):
-        return bytes(message)
     if not isinstance(message, email.message.Message):
-        raise TypeError(f"a message must be bytes, str or email.message.Message, not {type(message).__name__}")
+        raise TypeError(f"a message must be bytes, str or email.message.Message, not {message!r}")
     message = copy.deepcopy(message)  # for writing it sets boundaries, in its parts too
     del message["Bcc"], message["Resent-Bcc"]
     policy: Any = message.policy
@@ -399,35 +379,6 @@ def _serialise(message: _Content, addresses: Iterable[str]) -> bytes:
     # not as_bytes(), whose arguments differ in subclasses
     email.generator.BytesGenerator(content, mangle_from_=False, policy=policy).flatten(message)
     return content.getvalue()
-
-
-def _check(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> _Draft:
-    """Check the arguments of `send()`; return what is to be sent.
-
-    Raise `ValueError` or `TypeError`, as said there.
-    """
-    sender = fromaddr
-    if fromaddr != "":  # the null sender
-        sender = _address(fromaddr)
-    if isinstance(toaddrs, str):
-        toaddrs = [toaddrs]
-    recipients = tuple(dict.fromkeys(map(_address, toaddrs)))
-    if not recipients:
-        raise ValueError("no recipients")
-    content = _serialise(message, (sender, *recipients))
-    headers = _headers_of(content)
-    added = []
-    message_ids = _header_values(headers, b"Message-Id")
-    if not message_ids:
-        message_ids = [email.utils.make_msgid(domain=socket.gethostname())]
-        added.append(f"Message-Id: {message_ids[0]}")
-    if not message_ids[0].isprintable() or not re.fullmatch(r"<[^<>\s]+>", message_ids[0]):
-        raise ValueError(f"malformed Message-Id, not <left@right>: {_printable(message_ids[0])!r}")
-    if not _header_values(headers, b"Date"):
-        added.append(f"Date: {email.utils.formatdate(localtime=True)}")
-    if added:
-        content = _with_header_lines(content, *added)
-    return _Draft(message_ids[0][1:-1], sender, recipients, content)
 
 
 @dataclasses.dataclass
@@ -441,23 +392,50 @@ class _Draft:
     name: str = ""  # of its file, once it has one
 
 
-@dataclasses.dataclass
-class _Envelope:
+def _check(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> _Draft:
+    """Check the arguments of `send()`, and complete the message.  Raise `ValueError` or `TypeError`."""
+    sender = ""
+    if fromaddr != "":  # the null sender
+        sender = _address(fromaddr)
+    if isinstance(toaddrs, str):
+        toaddrs = [toaddrs]
+    recipients = tuple(dict.fromkeys(map(_address, toaddrs)))
+    if not recipients:
+        raise ValueError("no recipients")
+    content = _serialise(message, (sender, *recipients))
+    headers = _headers_of(content)
+    lines = []
+    message_id = "".join(_header_values(headers, "Message-Id")[:1])
+    if not _header_values(headers, "Message-Id"):
+        message_id = email.utils.make_msgid(domain=socket.gethostname())
+        lines.append(f"Message-Id: {message_id}")
+    if not message_id.isprintable() or not re.fullmatch(r"<[^<>\s]+>", message_id):
+        raise ValueError(f"malformed Message-Id, not <left@right>: {_printable(message_id)!r}")
+    if not _header_values(headers, "Date"):
+        lines.append(f"Date: {email.utils.formatdate(localtime=True)}")
+    if lines:
+        content = _with_header_lines(content, *lines)
+    return _Draft(message_id[1:-1], sender, recipients, content)
+
+
+class _Envelope(NamedTuple):
     """What stands before a message in its file."""
 
     fromaddr: str
     toaddrs: tuple[str, ...]
     error: str  # why it was deferred or given up
-    length: int  # in bytes; after it the message begins
-    scattered: bool = False  # repoze.sendmail's lines, which stand among the headers
+    length: int  # in bytes: there the message begins; 0 for repoze.sendmail's, which stands among the headers
 
 
 class _NoEnvelope(Exception):
     """The file has no readable envelope."""
 
 
-def _addresses_in_file(line: str) -> list[str]:
+def _addresses_in_file(line: bytes | str) -> list[str]:
     """Return the addresses in *line*: bare, as we write them, or with display names, as zope.sendmail may."""
+    if isinstance(line, bytes):
+        line = line.decode()
+    line = line.strip()
     if _ADDR_SPECS.fullmatch(line):
         return list(dict.fromkeys(_ADDR_SPEC.findall(line)))
     return _split_addresses(line)
@@ -469,25 +447,24 @@ def _parse_envelope(head: bytes) -> _Envelope:
     Raise `_NoEnvelope` if there is none, or its addresses are not fit for a command.
     """
     found = _ENVELOPE.match(head)
+    error = ""
+    length = 0
     try:
         if found:
-            lines = [found[1].decode(), found[2].decode()]
+            senders = _addresses_in_file(found[1])
+            recipients = _addresses_in_file(found[2])
+            error = _printable(found[3] or b"")
+            length = found.end()
         else:
             headers = _headers_of(head)
-            lines = _header_values(headers, b"X-Actually-From")[:1] + _header_values(headers, b"X-Actually-To")[:1]
-            lines = list(map(_decoded, lines))
+            senders = _addresses_in_file(_first_header(headers, "X-Actually-From"))
+            recipients = _addresses_in_file(_first_header(headers, "X-Actually-To"))
     except UnicodeDecodeError:
-        lines = []
-    if len(lines) == 2:
-        senders = _addresses_in_file(lines[0].strip()) or [""]
-        recipients = _addresses_in_file(lines[1].strip())
-        addresses = [*filter(None, senders), *recipients]
-        fit = all(a.isprintable() and _MAILBOX.fullmatch(a) for a in addresses)
-        if recipients and len(senders) == 1 and fit:
-            if found is None:
-                return _Envelope(senders[0], tuple(recipients), "", 0, scattered=True)
-            return _Envelope(senders[0], tuple(recipients), _printable(found[3] or b""), found.end())
-    raise _NoEnvelope("no readable envelope")
+        recipients = senders = []
+    fit = all(address.isprintable() and _MAILBOX.fullmatch(address) for address in senders + recipients)
+    if not fit or not recipients or len(senders) > 1:
+        raise _NoEnvelope("no readable envelope")
+    return _Envelope("".join(senders), tuple(recipients), error, length)
 
 
 # -------------------------------------------------------------------------------------------------- mailers
@@ -565,73 +542,62 @@ class Mailer(Protocol):
         """
 
 
-_ACCEPTED = Reply(250, "2.0.0 Ok")
-_NOBODY = Reply(554, "5.5.1 no valid recipients")
+def _reason(error: Any) -> str:
+    """Return in one line what the exception *error* says."""
+    if isinstance(error, smtplib.SMTPResponseException):
+        return str(Reply(error.smtp_code, error.smtp_error))  # type: ignore[arg-type]
+    return _printable(str(error)) or type(error).__name__
 
 
 def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> dict[str, Reply]:
     """Let *mailer* send to one group.  Whatever it does becomes a reply for each recipient, or `RelayUnavailable`."""
     try:
-        answer = mailer.send(fromaddr, toaddrs, message)
+        answer: Any = mailer.send(fromaddr, toaddrs, message)
     except RelayUnavailable:
         raise
+    except _NO_RELAY as error:
+        raise RelayUnavailable(_reason(error)) from error
     except Exception as error:  # a mailer is anybody's code
-        if isinstance(error, _NO_RELAY):
-            raise RelayUnavailable(_reason(error)) from error
         return {address: _reply_for(error, address) for address in toaddrs}
-    return _understood(answer, toaddrs)
+    # Who is not mentioned was sent to, as in smtplib.  So was who gets an unintelligible reply: the message was sent,
+    # and must not be sent again for that.
+    replies = dict.fromkeys(toaddrs, Reply(250, "2.0.0 Ok"))
+    try:
+        for address, reply in dict(answer or ()).items():
+            replies[address] = _as_reply(reply)
+    except (TypeError, ValueError, AttributeError):
+        _log.error("the mailer returned no mapping of replies, but a %s: taken for sent", type(answer).__name__)
+    return {address: replies[address] for address in toaddrs}
+
+
+def _as_reply(reply: Any) -> Reply:
+    """Return a `Reply`, also of smtplib's pair of code and text.  Raise `TypeError` or `ValueError` if it is none."""
+    if isinstance(reply, Reply):
+        return reply
+    if not isinstance(reply, tuple):
+        raise TypeError(f"no reply: {reply!r}")
+    code, text = reply
+    return Reply(int(code), text)
 
 
 def _reply_for(error: Exception, address: str) -> Reply:
     """Return what the exception of a mailer says of a recipient.  Nothing that is raised says 'sent'."""
     reply = Reply(451, f"4.3.0 {_reason(error)}")
     if isinstance(error, smtplib.SMTPRecipientsRefused):
-        reply = _reply_in(error.recipients, address) or Reply(451, "4.3.0 the mailer told nothing of this recipient")
+        reply = _as_reply(error.recipients.get(address, (451, "4.3.0 the mailer told nothing of this recipient")))
     elif isinstance(error, smtplib.SMTPResponseException):
         reply = Reply(error.smtp_code, error.smtp_error)  # type: ignore[arg-type]
-        if reply == Reply(500, "Line too long."):  # which smtplib made up
-            reply = reply._softened()
     elif isinstance(error, OSError):
         reply = Reply(421, f"4.4.2 connection lost: {_reason(error)}")
-    if reply.outcome == "sent":  # smtplib raises on a 2xx, too, where it wanted another answer
+    made_up = reply == Reply(500, "Line too long.")  # by smtplib
+    if made_up or reply.outcome == "sent":  # it raises on a 2xx, too, where it wanted another answer
         reply = reply._softened()
     return reply
 
 
-def _reply_in(replies: Any, address: str) -> Reply | None:
-    """Return the reply to *address*: a `Reply`, or smtplib's pair of code and text.  None: there is none."""
-    reply = replies.get(address)
-    if isinstance(reply, Reply):
-        return reply
-    if isinstance(reply, tuple) and len(reply) == 2 and isinstance(reply[0], int):
-        return Reply(*reply)
-    return None
-
-
-def _understood(answer: Any, toaddrs: Sequence[str]) -> dict[str, Reply]:
-    """Return the replies in what a mailer has returned.
-
-    Whom it does not mention was sent to, as in smtplib.  So was who gets an unintelligible reply:
-    the message was sent, and must not be sent again for that.
-    """
-    replies = dict.fromkeys(toaddrs, _ACCEPTED)
-    unintelligible = answer is not None and not isinstance(answer, Mapping)
-    if isinstance(answer, Mapping):
-        for address in toaddrs:
-            reply = _reply_in(answer, address)
-            if reply is not None:
-                replies[address] = reply
-            elif address in answer:
-                unintelligible = True
-    if unintelligible:
-        _log.error("the mailer returned no mapping of replies, but %s: taken for sent", type(answer).__name__)
-    return replies
-
-
-def _groups(toaddrs: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield *toaddrs* in groups of a hundred."""
-    for start in range(0, len(toaddrs), _GROUP):
-        yield toaddrs[start : start + _GROUP]
+def _groups(toaddrs: Sequence[str]) -> list[Sequence[str]]:
+    """Return *toaddrs* in groups of a hundred."""
+    return [toaddrs[start : start + _GROUP] for start in range(0, len(toaddrs), _GROUP)]
 
 
 @contextlib.contextmanager
@@ -642,8 +608,6 @@ def _connected(mailer: Any) -> Iterator[None]:
         return
     try:
         mailer.__enter__()
-    except RelayUnavailable:
-        raise
     except Exception as error:
         raise RelayUnavailable(_reason(error)) from error
     try:
@@ -664,7 +628,7 @@ def _wire_address(address: str, smtputf8: bool) -> bytes | None:
         with contextlib.suppress(UnicodeError):
             encoded = domain.encode("idna")
             if encoded.decode("idna") == domain.lower():
-                return f"{local}{at}".encode() + encoded
+                return (local + at).encode() + encoded
     if smtputf8 or address.isascii():
         return address.encode()
     return None
@@ -672,11 +636,10 @@ def _wire_address(address: str, smtputf8: bool) -> bytes | None:
 
 def _wire_size(message: bytes) -> int:
     """Return the size of *message* with all its line ends, and the last, made CRLF (RFC 1870, 5)."""
-    line_ends = message.count(b"\n") + message.count(b"\r")
-    size = len(message) + line_ends - 2 * message.count(b"\r\n")
-    if message and message[-1:] not in (b"\r", b"\n"):
-        size += 2
-    return size
+    line_ends = message.count(b"\n") + message.count(b"\r") - 2 * message.count(b"\r\n")
+    if message and not message.endswith((b"\r", b"\n")):
+        line_ends += 2
+    return len(message) + line_ends
 
 
 def _wire_pieces(message: bytes, dots: bool) -> Iterator[bytes]:
@@ -691,17 +654,16 @@ def _wire_pieces(message: bytes, dots: bool) -> Iterator[bytes]:
         if message[end - 1 : end + 1] == b"\r\n":  # one line end, not two
             end += 1
         piece = message[start:end].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if dots and at_line_start and piece.startswith(b"."):
+            piece = b"." + piece
         if dots:
-            if at_line_start and piece.startswith(b"."):
-                piece = b"." + piece
             piece = piece.replace(b"\n.", b"\n..")
-        start = end
         at_line_start = piece.endswith(b"\n")
-        if start >= len(message):
-            if not at_line_start:
-                piece += b"\n"
-            if dots:
-                piece += b".\n"
+        start = end
+        if start >= len(message) and not at_line_start:
+            piece += b"\n"
+        if start >= len(message) and dots:
+            piece += b".\n"
         yield piece.replace(b"\n", b"\r\n")
     if dots and not message:
         yield b".\r\n"
@@ -717,10 +679,6 @@ class _Lost(Exception):
         super().__init__(str(reply))
         self.reply = reply
         self.again = again
-
-
-class _Dropped(Exception):
-    """The relay has dropped a connection that was kept, and has not got the message."""
 
 
 class _Dialogue(smtplib.SMTP):
@@ -744,15 +702,14 @@ class _Dialogue(smtplib.SMTP):
     def getreply(self) -> tuple[int, bytes]:
         """Read a reply, as smtplib does, but under one deadline."""
         try:
-            return self._read_reply(self.timeout)
+            reply = self._read_reply(self.timeout)
         except OSError:
             self.close()
             raise
-        finally:
-            if self.sock is not None:
-                self.sock.settimeout(self.timeout)
+        self.sock.settimeout(self.timeout)
+        return reply
 
-    def secure(self, context: ssl.SSLContext) -> None:
+    def start_tls(self, context: ssl.SSLContext) -> None:
         """Change to TLS (RFC 3207); what has come in clear by now is not believed."""
         self.starttls(context=context)
         self._received.clear()
@@ -760,7 +717,7 @@ class _Dialogue(smtplib.SMTP):
     def transact(self, fromaddr: str, toaddrs: Sequence[str], message: bytes, kept: bool) -> dict[str, Reply]:
         """Do one mail transaction (RFC 5321, 3.3); return a reply for each recipient.
 
-        Raise `_Dropped` if the connection was *kept* from before, and has been dropped by the relay.
+        Raise `_Lost` if the connection was *kept* from before, and another one should be tried.
         """
         replies: dict[str, Reply] = {}
         try:
@@ -768,9 +725,9 @@ class _Dialogue(smtplib.SMTP):
         except _Lost as lost:
             self.close()
             if kept and lost.again:
-                raise _Dropped from lost
+                raise
             for address in toaddrs:
-                if replies.get(address, _ACCEPTED).outcome == "sent":  # not refused by itself
+                if address not in replies or replies[address].outcome == "sent":  # not refused by itself
                     replies[address] = lost.reply
         except BaseException:
             self.close()
@@ -783,37 +740,31 @@ class _Dialogue(smtplib.SMTP):
         mail, recipients = self._commands(fromaddr, toaddrs, message, size, replies)
         if not recipients:
             return
+        self._step = "MAIL"
+        self._data_written = False
         self._expect_silence()
         # of more recipients, the replies could fill the buffers both ways
         pipelining = self.has_extn("pipelining") and len(recipients) <= _GROUP
         chunking = pipelining and self.has_extn("chunking")
-        self._step = "MAIL"
         self._data_written = chunking and size <= _CHUNK
         if pipelining:
             together = [mail, *recipients.values()]
             if self._data_written:
-                together.append(b"BDAT %d LAST\r\n" % size)
-                together.extend(_wire_pieces(message, dots=False))
+                together += [b"BDAT %d LAST\r\n" % size, *_wire_pieces(message, dots=False)]
             elif not chunking:
                 together.append(b"DATA\r\n")
             self._write(b"".join(together))
-        sender = self._answer_to(mail, written=pipelining)
-        if self.carried and sender.code // 100 == 4:  # relays limit the messages of a connection
-            raise _Lost(sender, again=True)
-        self.carried = True
-        self._step = "RCPT"
-        for address, command in recipients.items():
-            replies[address] = sender
-            if pipelining or sender.outcome == "sent":
-                reply = self._answer_to(command, written=pipelining)
-                if sender.outcome == "sent":
-                    replies[address] = reply
+        self._ask_envelope(mail, recipients, pipelining, replies)
         accepted = [address for address in recipients if replies[address].outcome == "sent"]
-        if chunking:
-            verdict = self._send_by_chunks(message, size, bool(accepted))
+        if self._data_written:
+            verdict = self._answer(final=True)
+        elif chunking:
+            verdict = self._send_chunks(message, size, accepted)
         else:
-            verdict = self._send_by_data(message, bool(accepted), pipelining)
+            verdict = self._send_data(message, pipelining, accepted)
         replies.update(dict.fromkeys(accepted, verdict))
+        if verdict.outcome == "sent" and not accepted:
+            raise _Lost(_NOBODY)
         # Refused at the end of DATA, a transaction is over.  Else it may be open, and the next would be nested in it.
         if verdict.outcome != "sent" and (chunking or self._step == "RCPT"):
             self._write(b"RSET\r\n")
@@ -827,16 +778,15 @@ class _Dialogue(smtplib.SMTP):
         smtputf8 = self.has_extn("smtputf8")
         sender = _wire_address(fromaddr, smtputf8)
         limit = self.esmtp_features.get("size", "")[:20]
-        too_large = limit.isdecimal() and 0 < int(limit) < size
+        refusal = Reply(553, "5.6.7 an address needs SMTPUTF8, which the relay does not offer", self.relay)
+        if limit.isdecimal() and 0 < int(limit) < size:
+            refusal = Reply(552, f"5.3.4 {size} bytes are more than the relay takes ({limit})", self.relay)
+            sender = None
         recipients = {}
         for address in toaddrs:
             recipient = _wire_address(address, smtputf8)
-            if too_large:
-                text = f"5.3.4 {size} bytes are more than the relay takes ({limit})"
-                replies[address] = Reply(552, text, self.relay)
-            elif sender is None or recipient is None:
-                text = "5.6.7 an address needs SMTPUTF8, which the relay does not offer"
-                replies[address] = Reply(553, text, self.relay)
+            if sender is None or recipient is None:
+                replies[address] = refusal
             else:
                 recipients[address] = b"RCPT TO:<%s>\r\n" % recipient
         mail = b"MAIL FROM:<%s>" % (sender or b"")
@@ -849,59 +799,68 @@ class _Dialogue(smtplib.SMTP):
             mail += b" SMTPUTF8"
         return mail + b"\r\n", recipients
 
-    def _send_by_chunks(self, message: bytes, size: int, accepted: bool) -> Reply:
-        """Send *message* by BDAT (RFC 3030), if that is not done; return the reply to it."""
-        if self._data_written:
-            self._step = "data"
-            reply = self._answer(final=accepted)
-            if not accepted and reply.outcome == "sent":
-                raise _Lost(Reply(451, f"4.5.0 taken for nobody: {reply}", self.relay))
-            return reply
+    def _ask_envelope(
+        self, mail: bytes, recipients: Mapping[str, bytes], written: bool, replies: dict[str, Reply]
+    ) -> None:
+        """Fill *replies* with those to MAIL and RCPT, which may be *written* already."""
+        sender = self._answer_to(mail, written)
+        if self.carried and sender.code // 100 == 4:  # relays limit the messages of a connection
+            raise _Lost(sender, again=True)
+        self.carried = True
+        self._step = "RCPT"
+        for address, command in recipients.items():
+            replies[address] = sender
+            if sender.outcome == "sent":
+                replies[address] = self._answer_to(command, written)
+            elif written:
+                self._answer()
+
+    def _send_chunks(self, message: bytes, size: int, accepted: Sequence[str]) -> Reply:
+        """Send a large *message* by BDAT (RFC 3030); return the reply to the last chunk, or the first refusal."""
         if not accepted:
             return _NOBODY
         self._step = "data"
-        unanswered = sent = 0
-        reply = _NOBODY
+        chunks = sent = 0
         for chunk in _wire_pieces(message, dots=False):
+            chunks += 1
             sent += len(chunk)
             last = b" LAST" if sent == size else b""
             self._write(b"BDAT %d%s\r\n%s" % (len(chunk), last, chunk))
-            unanswered += 1
-            while unanswered and (last or unanswered > _CHUNKS_AHEAD):
-                unanswered -= 1
-                reply = self._answer(final=bool(last))
-                if reply.outcome != "sent" and unanswered:
-                    raise _Lost(reply)  # what the relay makes of the other chunks is nobody's business
+        for number in range(chunks):
+            reply = self._answer(final=True)
+            if reply.outcome != "sent" and number < chunks - 1:
+                raise _Lost(reply)  # what the relay makes of the other chunks is nobody's business
         return reply
 
-    def _send_by_data(self, message: bytes, accepted: bool, written: bool) -> Reply:
+    def _send_data(self, message: bytes, written: bool, accepted: Sequence[str]) -> Reply:
         """Send *message* by DATA, which may be *written*; return the reply to it."""
         if not accepted and not written:
             return _NOBODY
         reply = self._answer_to(b"DATA\r\n", written, go_ahead=354)
+        if reply.outcome == "sent":
+            raise self._lost(f"unexpected reply to DATA: {reply}")
         if reply.code == 354:
-            self._step = "data"
             if not accepted:  # a relay may say so though it has no recipient (RFC 2920, 3.1)
                 message = b""
             for piece in _wire_pieces(message, dots=True):
                 self._write(piece)
-            return self._answer(final=True)
-        if reply.outcome == "sent":
-            raise _Lost(Reply(451, f"4.5.0 unexpected reply to DATA: {reply}", self.relay))
+            reply = self._answer(final=True)
+            if not accepted:
+                return _NOBODY
         return reply
 
     def _expect_silence(self) -> None:
         """Raise `_Lost` if the relay has said something unasked: it would be taken for the next reply."""
         unasked = bytes(self._received)
+        self.sock.settimeout(0)
         try:
-            self.sock.settimeout(0)
             unasked += self.sock.recv(_REPLY_LINE)
         except (BlockingIOError, ssl.SSLWantReadError):
             if not unasked:
                 return
         except OSError as error:
             raise self._lost(error) from error
-        raise _Lost(Reply(421, f"4.4.2 connection out of step: {_printable(unasked)}", self.relay), again=True)
+        raise self._lost(f"out of step: {_printable(unasked)}")
 
     def _write(self, data: bytes) -> None:
         """Write *data*, under the timeout.
@@ -909,16 +868,15 @@ class _Dialogue(smtplib.SMTP):
         If that fails, what the relay has said by then is read first: it is the reason, and Linux
         keeps it behind a reset.
         """
-        if self._broken is not None:
-            return
-        try:
-            self.sock.settimeout(self.timeout)
-            self.sock.sendall(data)
-        except OSError as error:
-            self._broken = error
+        if self._broken is None:
+            try:
+                self.sock.settimeout(self.timeout)
+                self.sock.sendall(data)
+            except OSError as error:
+                self._broken = error
 
     def _answer_to(self, command: bytes, written: bool, go_ahead: int = 0) -> Reply:
-        """Return the reply to *command*, which is written first, unless it was written with others."""
+        """Return the reply to *command*, which is written first, unless it was *written* with others."""
         if not written:
             self._write(command)
         return self._answer(go_ahead=go_ahead)
@@ -927,18 +885,19 @@ class _Dialogue(smtplib.SMTP):
         """Return the next reply.  Raise `_Lost` where there is none, or none that we could go on after."""
         seconds = self.timeout
         if final:
+            self._step = "data"
             seconds = _FINAL_REPLY_TIMEOUT
         if self._broken is not None:
             seconds = _LAST_WORDS_TIMEOUT
         try:
-            reply = Reply(*self._read_reply(seconds), self.relay)  # type: ignore[arg-type]
+            code, text = self._read_reply(seconds)
         except OSError as error:
             raise self._lost(self._broken or error) from error
-        if reply.code == 421:
+        reply = Reply(code, text, self.relay)  # type: ignore[arg-type]
+        if code == 421:
             raise _Lost(reply, again=self._step != "data")
-        understood = 200 <= reply.code < 300 or 400 <= reply.code < 600 or reply.code == go_ahead
-        too_early = final and self._broken is not None and reply.outcome == "sent"
-        if not understood or too_early:
+        understood = 200 <= code < 300 or 400 <= code < 600 or code == go_ahead
+        if not understood or (final and self._broken is not None and reply.outcome == "sent"):
             raise self._lost(f"unexpected reply: {reply}")
         return reply
 
@@ -947,9 +906,8 @@ class _Dialogue(smtplib.SMTP):
         text = f"4.4.2 connection lost: {_reason(reason)}"
         if self._step == "data":
             text += "; the relay may have taken the message"
-        timed_out = isinstance(reason, TimeoutError)
         before_data = self._step == "MAIL" or (self._step == "RCPT" and not self._data_written)
-        return _Lost(Reply(421, text, self.relay), again=before_data and not timed_out)
+        return _Lost(Reply(421, text, self.relay), again=before_data and not isinstance(reason, TimeoutError))
 
     def _read_reply(self, seconds: float) -> tuple[int, bytes]:
         """Read one reply (RFC 5321, 4.2), all of it within *seconds*.  Raise `OSError` if it does not come."""
@@ -965,12 +923,12 @@ class _Dialogue(smtplib.SMTP):
         raise smtplib.SMTPServerDisconnected("a reply of more than 1,000 lines")
 
     def _read_line(self, deadline: float) -> bytes:
-        while (end := self._received.find(b"\n")) < 0:
-            if len(self._received) > _REPLY_LINE:
-                raise smtplib.SMTPServerDisconnected("a line without an end")
+        while b"\n" not in self._received:
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 raise TimeoutError("timed out")
+            if len(self._received) > _REPLY_LINE:
+                raise smtplib.SMTPServerDisconnected("a line without an end")
             if hasattr(socket, "TCP_QUICKACK"):  # or a relay that writes each reply by itself waits 40 ms for our ACK
                 self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             self.sock.settimeout(seconds)
@@ -978,48 +936,47 @@ class _Dialogue(smtplib.SMTP):
             if not data:
                 raise smtplib.SMTPServerDisconnected("closed by the relay")
             self._received += data
-        line = bytes(self._received[:end])
-        del self._received[: end + 1]
-        return line.rstrip(b"\r")
+        line, _, rest = self._received.partition(b"\n")
+        self._received = rest
+        return bytes(line).rstrip(b"\r")
+
+
+_NOBODY = Reply(554, "5.5.1 no valid recipients")
 
 
 class _TLSDialogue(_Dialogue, smtplib.SMTP_SSL):
     """The same, with TLS from the start (RFC 8314)."""
 
 
-class _Kept(threading.local):
-    """What a thread keeps of a mailer: the connection, the process that made it, how often the mailer was entered."""
-
-    dialogue: _Dialogue | None = None
-    pid = 0
-    depth = 0
-
-
-def _checked_number(name: str, value: Any, kind: type = float) -> Any:
+def _number(name: str, value: Any, kind: Any = (int, float)) -> Any:
     """Return *value*, a positive number.  Raise `TypeError` or `ValueError`, naming it, if it is none."""
-    kinds: Any = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number ({kind.__name__}), not {value!r}")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, not {value!r}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive, not {value!r}")
     return value
 
 
-def _parse_relays(hostname: str, port: int | str) -> list[tuple[str, int]]:
-    """Return host and port of each relay in *hostname*.  Raise `ValueError` or `TypeError`."""
-    if not isinstance(hostname, str):
-        raise TypeError(f"hostname must be a string, not {hostname!r}")
-    if isinstance(port, str) and port.strip().isdecimal():  # as it comes from a configuration file
-        port = int(port)
-    if not isinstance(port, int) or not 0 < port < 65536:
-        raise ValueError(f"port must be a number from 1 to 65535, not {port!r}")
+def _parse_relays(hostname: str, default_port: int | str) -> list[tuple[str, int]]:
+    """Return host and port of each relay in *hostname*.  Raise `ValueError`."""
     relays = []
-    for text in hostname.split(","):
+    for text in str(hostname).split(","):
         found = _RELAY.fullmatch(text.strip())
-        if not found or not 0 < int(found[3] or port) < 65536:
+        if not found:
             raise ValueError(f"hostname must be HOST or HOST:PORT, or several with commas between, not {hostname!r}")
-        relays.append((found[1] or found[2] or found[4], int(found[3] or port)))
+        port = str(found[3] or default_port)  # digits, as they come from a configuration file, will do
+        if not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"port must be a number from 1 to 65535, not {port!r}")
+        relays.append((found[1] or found[2] or found[4], int(port)))
     return relays
+
+
+class _Kept(threading.local):
+    """What a thread keeps of a mailer: the connection, the process that made it, how often the mailer was entered."""
+
+    dialogue: Any = None
+    pid = 0
+    depth = 0
 
 
 class SMTPMailer:
@@ -1047,12 +1004,10 @@ class SMTPMailer:
         context: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
         self._relays = _parse_relays(hostname, port)
-        self._timeout = _checked_number("timeout", timeout)
-        self._auth = None
-        if auth is not None:
-            self._auth = str(auth).upper()
-            if self._auth not in _MECHANISMS:
-                raise ValueError(f"auth must be one of {', '.join(_MECHANISMS)}, not {auth!r}")
+        self._timeout = _number("timeout", timeout)
+        self._auth = str(auth or "").upper()
+        if self._auth and self._auth not in _MECHANISMS:
+            raise ValueError(f"auth must be one of {', '.join(_MECHANISMS)}, not {auth!r}")
         if no_tls and (force_tls or implicit_tls):
             raise ValueError("no_tls contradicts force_tls and implicit_tls")
         if (username is None) != (password is None):
@@ -1060,7 +1015,7 @@ class SMTPMailer:
         self._username = username
         self._password = password
         self._implicit_tls = implicit_tls
-        self._starttls = not (no_tls or implicit_tls)
+        self._starttls = not no_tls and not implicit_tls
         self._verified = force_tls or implicit_tls or (username is not None and not no_tls)
         if context is None:
             context = ssl.create_default_context()
@@ -1073,21 +1028,19 @@ class SMTPMailer:
         self._kept = _Kept()
         self._ehlo_name: str | None = None  # looked up once, for that may be slow
 
-    def __str__(self) -> str:
-        return ",".join("%s:%d" % relay for relay in self._relays)
-
     def __enter__(self) -> SMTPMailer:
         """Connect, unless this thread is connected.  Raise `RelayUnavailable` if no relay can be used."""
         if not self._is_connected():
-            self._kept.dialogue = self._connect()
-            self._kept.pid = os.getpid()
+            self._connect()
         self._kept.depth += 1
         return self
 
     def __exit__(self, *_exc_info: object) -> None:
-        self._kept.depth -= 1
-        if self._kept.depth <= 0:
-            self._disconnect()
+        self._kept.depth = max(self._kept.depth - 1, 0)  # that of a fork began anew
+        if self._kept.depth == 0 and self._is_connected():
+            with contextlib.suppress(OSError):  # the reply to a QUIT is nobody's business
+                self._kept.dialogue._write(b"QUIT\r\n")
+                self._kept.dialogue.close()
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> dict[str, Reply]:
         """Send *message*; return a `Reply` for each of *toaddrs*.
@@ -1097,37 +1050,24 @@ class SMTPMailer:
         if not "".join((fromaddr, *toaddrs)).isprintable():
             raise ValueError("an address holds control characters")
         kept = self._is_connected()  # the relay may have dropped it meanwhile
+        replies: dict[str, Reply]
         with self:
             try:
-                return self._dialogue().transact(fromaddr, toaddrs, message, kept)
-            except _Dropped:
-                self._kept.dialogue = self._connect()
-                return self._dialogue().transact(fromaddr, toaddrs, message, kept=False)
-
-    def _dialogue(self) -> _Dialogue:
-        assert self._kept.dialogue is not None
-        return self._kept.dialogue
+                replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, kept)
+            except _Lost:
+                self._connect()
+                replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, kept=False)
+        return replies
 
     def _is_connected(self) -> bool:
         kept = self._kept
-        if kept.pid != os.getpid():  # a fork has no part in its parent's dialogue
-            if kept.dialogue is not None:
-                kept.dialogue.close()
-            kept.dialogue = None
+        if kept.pid != os.getpid() and kept.dialogue is not None:  # a fork has no part in its parent's dialogue
+            kept.dialogue.close()
             kept.depth = 0
         return kept.dialogue is not None and kept.dialogue.sock is not None
 
-    def _disconnect(self) -> None:
-        """Close the connection; the reply to a QUIT is nobody's business."""
-        if self._is_connected():
-            dialogue = self._dialogue()
-            with contextlib.suppress(OSError):
-                dialogue._write(b"QUIT\r\n")
-                dialogue.close()
-        self._kept.dialogue = None
-
-    def _connect(self) -> _Dialogue:
-        """Return a connection to the first relay that is ready for MAIL.  Raise `RelayUnavailable` if none is."""
+    def _connect(self) -> None:
+        """Connect to the first relay that is ready for MAIL.  Raise `RelayUnavailable` if none is."""
         troubles = []
         for relay in self._relays:
             try:
@@ -1137,11 +1077,13 @@ class SMTPMailer:
                 continue
             if troubles:
                 _log.warning("using relay %s: %s", dialogue.relay, "; ".join(troubles))
-            return dialogue
+            self._kept.dialogue = dialogue
+            self._kept.pid = os.getpid()
+            return
         raise RelayUnavailable("; ".join(troubles))
 
     def _connect_to(self, relay: tuple[str, int]) -> _Dialogue:
-        """Return a connection to *relay*.  Raise `RelayUnavailable` for whatever goes wrong."""
+        """Return a connection that is ready for MAIL.  Raise `RelayUnavailable` for whatever goes wrong."""
         dialogue: _Dialogue | None = None
         try:
             if self._implicit_tls:
@@ -1154,20 +1096,29 @@ class SMTPMailer:
             if self._username is not None:
                 self._login(dialogue)
             return dialogue
-        except BaseException as error:
+        except Exception as error:
             if dialogue is not None:
                 dialogue.close()
-            if isinstance(error, Exception):
-                hint = self._hint(error, greeted=dialogue is not None)
-                raise RelayUnavailable("%s:%d: %s%s" % (*relay, _reason(error), hint)) from error
-            raise
+            hint = self._hint(error, dialogue is None)
+            raise RelayUnavailable("%s:%d: %s%s" % (*relay, _reason(error), hint)) from error
+
+    def _hint(self, error: Exception, before_banner: bool) -> str:
+        """Return what to do about *error*, for those who meet it first."""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return " (for an authority of your own, set SSL_CERT_FILE)"
+        if isinstance(error, ssl.SSLError) and self._implicit_tls:
+            return " (does this port speak TLS from the start? else without --implicit-tls)"
+        silent = isinstance(error, (TimeoutError, smtplib.SMTPServerDisconnected, ConnectionResetError))
+        if silent and before_banner and not self._implicit_tls:
+            return " (no SMTP greeting: a port that speaks TLS from the start, such as 465, takes --implicit-tls)"
+        return ""
 
     def _greet(self, dialogue: _Dialogue) -> None:
         """Say EHLO and, where it is wanted and offered, STARTTLS and EHLO again: the latest EHLO counts."""
         reply = dialogue.ehlo()
         if self._starttls and dialogue.has_extn("starttls"):
             try:
-                dialogue.secure(self._context)
+                dialogue.start_tls(self._context)
                 reply = dialogue.ehlo()
             except smtplib.SMTPResponseException as error:
                 if self._verified or dialogue.sock is None or error.smtp_code in (-1, 421):  # more than a refusal
@@ -1177,37 +1128,22 @@ class SMTPMailer:
         if self._verified and not isinstance(dialogue.sock, ssl.SSLSocket):
             raise RelayUnavailable("TLS is required, but STARTTLS is not offered")
 
-    def _hint(self, error: Exception, greeted: bool) -> str:
-        """Return what to do about *error*, for those who meet it first."""
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return " (for an authority of your own, set SSL_CERT_FILE)"
-        if isinstance(error, ssl.SSLError) and self._implicit_tls:
-            return " (does this port speak TLS from the start? else without --implicit-tls)"
-        silent = isinstance(error, (TimeoutError, smtplib.SMTPServerDisconnected, ConnectionResetError))
-        if silent and not greeted and not self._implicit_tls:
-            return " (no SMTP greeting: for a port that speaks TLS from the start, such as 465, use --implicit-tls)"
-        return ""
-
     def _login(self, dialogue: _Dialogue) -> None:
         """Log in by one mechanism, once: after a second try on a 535, accounts get locked."""
         offered = dialogue.esmtp_features.get("auth", "").upper().split()
-        mechanism = self._auth
-        if mechanism is None:
-            mechanism = next((m for m in _MECHANISMS[:3] if m in offered), "PLAIN")
+        mechanism = self._auth or next((m for m in _MECHANISMS[:3] if m in offered), "PLAIN")
         if mechanism not in offered:
             raise RelayUnavailable(f"AUTH {mechanism} is not offered")
         dialogue.user = self._username
         dialogue.password = self._ask_password()
-        methods: dict[str, Any] = {
-            "CRAM-MD5": dialogue.auth_cram_md5, "PLAIN": dialogue.auth_plain, "LOGIN": dialogue.auth_login,
-        }  # fmt: skip
 
         def xoauth2(challenge: bytes | None = None) -> str:  # which smtplib has not
             if challenge is None:
-                return f"user={self._username}\1auth=Bearer {dialogue.password}\1\1"
+                return f"user={dialogue.user}\1auth=Bearer {dialogue.password}\1\1"
             return ""  # acknowledges the refusal
 
-        reply = dialogue.auth(mechanism, methods.get(mechanism, xoauth2))
+        method = f"auth_{mechanism.lower().replace('-', '_')}"
+        reply = dialogue.auth(mechanism, getattr(dialogue, method, xoauth2))
         if reply[0] != 235:  # smtplib takes a 503, too, which would say that we had logged in before
             raise smtplib.SMTPAuthenticationError(*reply)
 
@@ -1221,9 +1157,9 @@ class SMTPMailer:
                 raise RelayUnavailable(f"no password: {_reason(error)}") from None
             except Exception as error:  # whose text may show a part of it
                 raise RelayUnavailable(f"no password: {type(error).__name__} where it is read") from None
-        if not isinstance(password, str) or not f"{self._username}{password}".isascii():
+        if not f"{self._username}{password}".isascii():
             raise RelayUnavailable("username and password must be ASCII text")
-        return password
+        return str(password)
 
 
 @dataclasses.dataclass
@@ -1234,11 +1170,11 @@ class StreamMailer:
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> None:
         """Print envelope and message.  Raise `RelayUnavailable` if the stream does not take them."""
-        recipients = ",".join(f"<{address}>" for address in toaddrs)
         body = message.decode("utf-8", "replace").replace("\r\n", "\n").rstrip()
+        text = f"MAIL FROM:<{fromaddr}> RCPT TO:<{'>,<'.join(toaddrs)}>\n{body}\n\n"
         stream: Any = self.stream or sys.stdout  # which is None where it is closed
         try:
-            stream.write(_encodable(f"MAIL FROM:<{fromaddr}> RCPT TO:{recipients}\n{body}\n\n", stream))
+            stream.write(_encodable(text, stream))
             stream.flush()
         except (OSError, ValueError, AttributeError) as error:  # closed, in one of three ways
             raise RelayUnavailable(f"cannot print: {_reason(error)}") from error
@@ -1247,7 +1183,7 @@ class StreamMailer:
 # -------------------------------------------------------------------------------------------------- Maildir
 
 _ESSENTIAL = {"tmp", "new", "cur"}
-_DIRECTORIES = ("tmp", "new", "cur", "deferred", ".failed", ".failed/tmp", ".failed/new", ".failed/cur")
+_FAILED = (".failed", ".failed/tmp", ".failed/cur", ".failed/new")
 _ARRIVAL = re.compile(r"(\d+)(?:\.M(\d{6})P)?")  # of a name: the seconds and, if it is ours, the microseconds
 _DUE = re.compile(r"(\d{10})\.(?!M\d+P)")  # what comes before the name in deferred/, but not a name itself
 _OLDEST = 1577836800  # 2020: before it there was no such queue, so a time that is older tells that a clock was wrong
@@ -1300,7 +1236,7 @@ def _fsync_all(paths: Sequence[str]) -> None:
 
     Raise the first `OSError`; no fsync is tried again, for the second one would say yes.
     """
-    errors: list[OSError] = []
+    errors = []
 
     def work(share: Sequence[str]) -> None:
         try:
@@ -1309,18 +1245,18 @@ def _fsync_all(paths: Sequence[str]) -> None:
         except OSError as error:
             errors.append(error)
 
-    threads = []
+    shares = [paths]
     if len(paths) > 3:
-        for first in range(1, _FSYNCS_AT_ONCE):
-            share = paths[first::_FSYNCS_AT_ONCE]
-            thread = threading.Thread(target=work, args=(share,))
-            try:
-                thread.start()
-                threads.append(thread)
-            except RuntimeError:  # there are no more threads, as at interpreter exit
-                work(share)
-        paths = paths[::_FSYNCS_AT_ONCE]
-    work(paths)
+        shares = [paths[first::_FSYNCS_AT_ONCE] for first in range(_FSYNCS_AT_ONCE)]
+    threads = []
+    for share in shares[1:]:
+        thread = threading.Thread(target=work, args=(share,))
+        try:
+            thread.start()
+            threads.append(thread)
+        except RuntimeError:  # there are no more threads, as at interpreter exit
+            work(share)
+    work(shares[0])
     for thread in threads:
         thread.join()
     if errors:
@@ -1351,42 +1287,39 @@ def _open_locked(path: str) -> int | None:
         except FileNotFoundError:
             return None
         _claimed.add(fd)
+    locked = False
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError("not a regular file")
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(status, os.lstat(path)):  # or else it was moved or replaced before we had the lock
-            return fd
+        locked = os.path.samestat(status, os.lstat(path))  # or else it was moved or replaced before we had the lock
     except (BlockingIOError, FileNotFoundError):
         pass
-    except BaseException:
-        _unlock(fd)
-        raise
-    _unlock(fd)
-    return None
+    finally:
+        if not locked:
+            _close(fd, unlock=True)
+    if not locked:
+        return None
+    return fd
 
 
-def _unlock(fd: int) -> None:
-    """Unlock and close.  Closing alone would not unlock it while a forked child holds a copy of the descriptor."""
+def _close(fd: int, unlock: bool) -> None:
+    """Close *fd*.  That alone would not *unlock* it while a forked child holds a copy of the descriptor."""
     with _fork_lock:
         if fd in _claimed:
+            _claimed.discard(fd)
             with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_UN)
-            _close_claimed(fd)
-
-
-def _close_claimed(fd: int) -> None:
-    with _fork_lock:
-        _claimed.discard(fd)
-        with contextlib.suppress(OSError):
-            os.close(fd)
+                if unlock:
+                    fcntl.flock(fd, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
 def _read_head(fd: int) -> bytes:
     """Return the beginning of a file: envelope and headers at least, if they take no more than 16 MB."""
     head = b""
-    for size in (_CHUNK, _CHUNK << 4, _HEAD):
+    for size in (_CHUNK, _CHUNK << 4, _CHUNK << 8):
         head = os.pread(fd, size, 0)
         if len(head) < size or _BLANK_LINE.search(head):
             break
@@ -1406,7 +1339,7 @@ class Maildir:
         if self.path and not os.path.isabs(self.path):  # the process may change its directory
             self.path = os.path.join(os.getcwd(), self.path)  # not abspath(), for '..' may follow a link
         self._mode = 0o700
-        self._durable: set[str] = set()  # directories that were made durable
+        self._durable: set[str] = set()  # folders that were made durable
         if create and not os.path.lexists(self.path):
             self._make_directory(".")
         present = set(os.listdir(self.path))
@@ -1444,49 +1377,38 @@ class Maildir:
             return
         try:
             with os.scandir(fd) as entries:
-                for entry in entries:
-                    if entry.name[0] != "." and entry.is_file(follow_symlinks=False):
-                        yield entry.name
+                yield from (e.name for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
         finally:
             os.close(fd)
 
     def _refuse_links(self) -> None:
         """Raise `OSError` if a directory of the queue is a link: it would lead us to somebody's other files."""
-        for directory in _DIRECTORIES:
-            with contextlib.suppress(FileNotFoundError):
-                if stat.S_ISLNK(os.lstat(self._path(directory)).st_mode):
-                    raise OSError(f"{self._path(directory)} is a link; nothing is done in this queue")
+        for directory in ("tmp", "new", "cur", "deferred", *_FAILED):
+            if os.path.islink(self._path(directory)):
+                raise OSError(f"{self._path(directory)} is a link: nothing is done in this queue")
 
     def _make_directory(self, directory: str) -> None:
         """Make *directory*, if it is missing, with the rights of the queue."""
         path = self._path(directory).removesuffix("/.")
-        try:
+        with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
-        except FileExistsError:
-            return
-        self._durable.discard(directory)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            os.fchmod(fd, self._mode | 0o700)
-        finally:
-            os.close(fd)
+            self._durable.clear()
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                os.fchmod(fd, self._mode | 0o700)
+            finally:
+                os.close(fd)
 
-    def _folder(self, directory: str, *within: str) -> str:
-        """Return *directory*, which is made when it is first needed, with those *within*, and made durable."""
-        for name in (directory, *within):
-            self._make_directory(name)
-        if directory not in self._durable:
-            _fsync(self._path(directory))
+    def _folder(self, *directories: str) -> str:
+        """Return the last of *directories*, which are made when they are first needed, and made durable."""
+        for directory in directories:
+            self._make_directory(directory)
+        last = directories[-1]
+        if last not in self._durable:
+            _fsync(self._path(directories[0]))
             _fsync(self._path("."))
-            self._durable.add(directory)
-        return directory
-
-    def _deferred_folder(self) -> str:
-        return self._folder("deferred")
-
-    def _failed_folder(self) -> str:
-        """Return the directory for what is given up, in a Maildir++ folder."""
-        return self._folder(".failed", ".failed/tmp", ".failed/cur", ".failed/new") + "/new"
+            self._durable.add(last)
+        return last
 
     def _write(self, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "", sync: bool = False) -> str:
         """Write a complete file in tmp/, envelope first; return its name."""
@@ -1498,8 +1420,7 @@ class Maildir:
         try:
             with open(os.open(self._path("tmp", name), flags, 0o600), "wb") as file:
                 os.fchmod(file.fileno(), self._mode & 0o666 | 0o600)
-                file.write(envelope.encode())
-                file.write(message)
+                file.writelines((envelope.encode(), message))
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
@@ -1515,11 +1436,10 @@ class Maildir:
 
     def _publish(self, name: str, directory: str = "new") -> None:
         """Move a complete file out of tmp/: from here on it is in the queue.  Raise `OSError` if it stays."""
-        source = self._path("tmp", name)
         try:
-            os.rename(source, self._path(directory, name))
+            os.rename(self._path("tmp", name), self._path(directory, name))
         except OSError:  # which NFS may say of what it has done
-            if _exists(source):
+            if name in os.listdir(self._path("tmp")):
                 raise
 
     def _secure(self, *directories: str) -> None:
@@ -1544,24 +1464,19 @@ class Maildir:
                 if stat.S_ISFIFO(os.fstat(fd).st_mode):
                     trigger.write(b"\0")
 
-    def _open_trigger(self) -> int | None:
-        """Return the FIFO that `_wake` writes to, both ends open (or it would read as ended); None: there is none."""
+    def _open_trigger(self) -> int:
+        """Return the FIFO that `_wake` writes to, both ends open (or it would read as ended); -1: there is none."""
         path = self._path("trigger")
-        try:
+        with contextlib.suppress(OSError):  # the interval will do
             with contextlib.suppress(FileExistsError):
                 os.mkfifo(path, 0o600)
             fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
-        except OSError:  # the interval will do
-            return None
-        status = os.fstat(fd)
-        if not stat.S_ISFIFO(status.st_mode):
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                with contextlib.suppress(OSError):  # somebody else's
+                    os.fchmod(fd, self._mode & 0o666 | 0o600)
+                return fd
             os.close(fd)
-            return None
-        rights = self._mode & 0o666 | 0o600
-        if stat.S_IMODE(status.st_mode) != rights:
-            with contextlib.suppress(OSError):  # somebody else's
-                os.fchmod(fd, rights)
-        return fd
+        return -1
 
     def _lock(self, directory: str, name: str) -> _Claim | None:
         """Lock a message where it is.  None: it is gone, or a living process holds it.  Raise `OSError` for trouble."""
@@ -1575,7 +1490,7 @@ class Maildir:
         claim = self._lock(directory, name)
         if claim is not None:
             if directory == "deferred":
-                name = _DUE.sub("", name, count=1) or name
+                name = _DUE.sub("", name)
             try:
                 claim.move("cur", name)
             except BaseException:
@@ -1585,48 +1500,32 @@ class Maildir:
 
     def _clean(self, now: float) -> None:
         """Remove litter from tmp/; the log names its envelope."""
-        for name in self._names("tmp"):
+        for name in list(self._names("tmp")):
             with contextlib.suppress(FileNotFoundError):
-                if now - os.lstat(self._path("tmp", name)).st_mtime > _LITTER_AGE:
-                    self._remove_litter(name)  # a young one's lock may be wanted by its writer
-
-    def _remove_litter(self, name: str) -> None:
-        try:
-            claim = self._lock("tmp", name)
-            if claim is not None:
-                with contextlib.closing(claim):
-                    envelope = b" ".join(os.pread(claim.fd, 1000, 0).split(b"\n")[:2])
-                    os.unlink(claim.path)
-                    _log.warning("removed tmp/%s, never committed: %s", _printable(name), _printable(envelope))
-        except OSError as error:
-            _log.error("cannot remove tmp/%s: %s", _printable(name), _reason(error))
+                if now - os.lstat(self._path("tmp", name)).st_mtime < _LITTER_AGE:
+                    continue  # its writer may want the lock
+                claim = self._lock("tmp", name)
+                if claim is not None:
+                    with contextlib.closing(claim):
+                        envelope = os.pread(claim.fd, 1000, 0).split(b"\n")[:2]
+                        os.unlink(claim.path)
+                        _log.warning("removed tmp/%s, never committed: %s", name, _printable(b" ".join(envelope)))
 
 
-def _exists(path: str) -> bool:
-    """Return whether there is something at *path*: nothing but `FileNotFoundError` says no."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
+@dataclasses.dataclass
 class _Claim:
     """A message whose file is open and locked: nobody else may send, move or unlink it."""
 
-    def __init__(self, queue: Maildir, directory: str, name: str, fd: int) -> None:
-        self.queue = queue
-        self.directory = directory
-        self.name = name
-        self.fd = fd
-        self.fromaddr = ""
-        self.toaddrs: tuple[str, ...] = ()
-        self.error = ""
-        self.message_id = ""
-        self.message = b""
-        self.held = False
+    queue: Maildir
+    directory: str
+    name: str
+    fd: int
+    fromaddr: str = ""
+    toaddrs: tuple[str, ...] = ()
+    error: str = ""
+    message_id: str = ""
+    message: bytes = b""
+    held: bool = False
 
     @property
     def path(self) -> str:
@@ -1639,55 +1538,49 @@ class _Claim:
         """Learn envelope and message.  Raise `_NoEnvelope`, or `OSError` if the file can't be read whole."""
         size = os.fstat(self.fd).st_size
         head = _read_head(self.fd)
-        envelope = _parse_envelope(head)
-        start = envelope.length
-        headers = _headers_of(head[start:])
-        if len(head) == size:
-            self.message = head[start:]
-        else:  # by itself, to be in memory once
+        self.fromaddr, self.toaddrs, self.error, start = _parse_envelope(head)
+        self.message = head[start:]
+        headers = _headers_of(self.message)
+        if len(head) < size:  # by itself, to be in memory once
             self.message = os.pread(self.fd, size - start, start)
         if len(self.message) != size - start:  # over 2 GB (read(2))
             raise OSError(f"only {len(self.message)} bytes could be read")
-        if envelope.scattered:
+        if start == 0:
             self.message = _ACTUALLY.sub(b"", headers) + self.message[len(headers) :]
-        self.fromaddr = envelope.fromaddr
-        self.toaddrs = envelope.toaddrs
-        self.error = envelope.error
-        self.message_id = _message_id_in(headers)
+        self.message_id = _message_id(headers)
 
-    def note(self, toaddrs: tuple[str, ...], error: str, in_place: bool = False) -> None:
+    def note(self, toaddrs: Iterable[str], error: str, in_place: bool = False) -> None:
         """Note in the file that only *toaddrs* are left, durably.  Raise `OSError` if that can't be done."""
+        toaddrs = tuple(toaddrs)
         if (toaddrs, error) == (self.toaddrs, self.error):
             return
-        try:
-            if in_place:
+        if in_place:
+            with contextlib.suppress(OSError):
                 self.shorten(toaddrs)
-            else:
-                self.replace(toaddrs, error)
+                return
+        try:
+            self.replace(toaddrs, error)
         except OSError as trouble:  # as on a disk that is too full for another file
             _log.error("%s: %s", _printable(self.path), _reason(trouble))
-            if in_place:
-                self.replace(toaddrs, error)
-            elif toaddrs != self.toaddrs:
+            if toaddrs != self.toaddrs:
                 self.shorten(toaddrs)
 
     def replace(self, toaddrs: tuple[str, ...], error: str) -> None:
         """Replace the file by one for *toaddrs* alone; that is locked before it is seen, or it would look abandoned."""
         name = self.queue._write(self.fromaddr, toaddrs, self.message, error, sync=True)
         path = self.queue._path("tmp", name)
-        fd = None
         try:
             fd = _open_locked(path)
             if fd is None:
                 raise OSError(f"cannot lock {path}")
-            os.rename(path, self.path)
-            os.dup2(fd, self.fd, inheritable=False)  # the lock goes with it
+            try:
+                os.rename(path, self.path)
+                os.dup2(fd, self.fd, inheritable=False)  # the lock goes with it
+            finally:
+                _close(fd, unlock=False)
         except OSError:
             self.queue._discard(name)
             raise
-        finally:
-            if fd is not None:
-                _close_claimed(fd)
         self.toaddrs = toaddrs
         self.error = error
         self.queue._secure("cur")
@@ -1709,16 +1602,16 @@ class _Claim:
 
     def defer(self, due: int) -> None:
         """The recipients that are left are to be tried again at *due* (Unix time)."""
-        self.move(self.queue._deferred_folder(), f"{due:010}.{self.name}")
+        self.move(self.queue._folder("deferred"), f"{due:010}.{self.name}")
 
     def give_up(self) -> None:
         """The recipients that are left were refused for good, or the message is too old."""
-        self.move(self.queue._failed_folder(), _new_name())
-        self.queue._secure(".failed/new", "cur")
+        self.move(self.queue._folder(*_FAILED), _new_name())
+        self.queue._secure(self.directory, "cur")
 
-    def give_up_for(self, toaddrs: tuple[str, ...], error: str) -> None:
+    def give_up_for(self, toaddrs: Iterable[str], error: str) -> None:
         """Put a copy for *toaddrs* in .failed/, for the others have another fate."""
-        self.queue._store(self.queue._failed_folder(), self.fromaddr, toaddrs, self.message, error)
+        self.queue._store(self.queue._folder(*_FAILED), self.fromaddr, toaddrs, self.message, error)
 
     def release(self) -> None:
         """The relay is unavailable, or the process that held the message has died."""
@@ -1730,15 +1623,13 @@ class _Claim:
 
     def hold(self, error: OSError) -> None:
         """It was sent, and that can't be noted: keep the lock, so that this process does not send it again."""
-        _log.critical(
-            "%s was sent to some, and that can't be noted: %s; remove it, or those recipients, by hand before this"
-            " process ends", _printable(self.path), _reason(error),
-        )  # fmt: skip
         self.held = True
+        _log.critical("%s was sent to some, and that can't be noted: %s; remove it, or those recipients, by hand before"
+                      " this process ends", _printable(self.path), _reason(error))  # fmt: skip
 
     def move(self, directory: str, name: str) -> None:
-        if self.fd not in _claimed:
-            raise OSError(f"{self.path} is claimed by another process")  # a fork has no part in its parent's claims
+        if self.fd not in _claimed:  # a fork has no part in its parent's claims
+            raise OSError(f"{self.path} is claimed by another process")
         os.rename(self.path, self.queue._path(directory, name))
         self.directory = directory
         self.name = name
@@ -1746,7 +1637,7 @@ class _Claim:
     def close(self) -> None:
         """End the claim, unless it is held."""
         if not self.held:
-            _unlock(self.fd)
+            _close(self.fd, unlock=True)
 
 
 # ------------------------------------------------------------------------------------- the fate of a message
@@ -1768,24 +1659,20 @@ class _Counts:
 
 
 def _report(
-    tell: _Tell, outcome: str, message: _Draft | _Claim, replies: Mapping[str, Reply], via: object,
-    due: float = 0.0, delay: float = 0.0,
+    tell: _Tell, outcome: str, message: _Draft | _Claim, replies: Mapping[str, Reply], mailer: object = None,
+    delay: float = 0.0, due: float = 0.0,
 ) -> None:  # fmt: skip
     """Log *outcome*, and tell an event of it: one for all recipients that have the same reply."""
-    level = logging.INFO
-    if outcome == "failed":
-        level = logging.ERROR
+    level = {"failed": logging.ERROR}.get(outcome, logging.INFO)
     addresses_by_reply: dict[Reply, list[str]] = {}
     for address, reply in replies.items():
         addresses_by_reply.setdefault(reply, []).append(address)
     for reply, addresses in addresses_by_reply.items():
         if _log.isEnabledFor(level):
-            relay = reply.relay or type(via).__name__  # not its str(), which may show a password
-            _log.log(
-                level, "%s message-id=<%s> from=<%s> to=<%s> relay=%s delay=%.1f reply=%s", outcome,
-                message.message_id, message.fromaddr, ">,<".join(addresses), relay, delay,
-                json.dumps(str(reply), ensure_ascii=False),
-            )  # fmt: skip
+            relay = reply.relay or type(mailer).__name__  # not its str(), which may show a password
+            quoted = json.dumps(str(reply), ensure_ascii=False)
+            _log.log(level, "%s message-id=<%s> from=<%s> to=<%s> relay=%s delay=%.1f reply=%s", outcome,
+                     message.message_id, message.fromaddr, ">,<".join(addresses), relay, delay, quoted)  # fmt: skip
         about = (message.message_id, message.fromaddr, tuple(addresses), str(reply))
         if outcome == "sent":
             tell(MailSentEvent(*about))
@@ -1797,7 +1684,7 @@ def _report(
 
 def _sent_and_others(replies: Mapping[str, Reply]) -> tuple[dict[str, Reply], dict[str, Reply]]:
     sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
-    others = {address: reply for address, reply in replies.items() if reply.outcome != "sent"}
+    others = {address: reply for address, reply in replies.items() if address not in sent}
     return sent, others
 
 
@@ -1809,21 +1696,18 @@ def _error_line(replies: Mapping[str, Reply]) -> str:
     return re.sub(r'(?:"[^"]*"|[^\s<>"(]*)@[^\s<>)]*', "*", line)
 
 
+@dataclasses.dataclass
 class _Courier:
     """Claims messages, sends them and settles them, recipient by recipient: for one pass, or one commit."""
 
-    def __init__(
-        self, queue: Maildir, mailer: Mailer, tell: _Tell, clock: Callable[[], float] = time.time,
-        max_age: float = _MAX_AGE, soft_bounce: bool = False,
-    ) -> None:  # fmt: skip
-        self.queue = queue
-        self.mailer = mailer
-        self.tell = tell
-        self.clock = clock
-        self.max_age = max_age
-        self.soft_bounce = soft_bounce
-        self.counts = _Counts()
-        self.losses = 0  # messages in a row that were lost by the relay, and answered in no other way
+    queue: Maildir
+    mailer: Mailer
+    tell: _Tell
+    clock: Callable[[], float] = time.time
+    max_age: float = _MAX_AGE
+    soft_bounce: bool = False
+    counts: _Counts = dataclasses.field(default_factory=_Counts)
+    losses: int = 0  # messages in a row that the relay has lost, and answered in no other way
 
     def deliver(self, directory: str, name: str) -> None:
         """Claim a message, if nobody has, and send it.
@@ -1834,10 +1718,8 @@ class _Courier:
         claim = self.queue._claim(directory, name)
         if claim is None:
             return
-        try:
+        with contextlib.closing(claim):
             outcomes = self._deliver(claim)
-        finally:
-            claim.close()
         self.counts.messages += 1
         self.counts.sent += "sent" in outcomes
         self.counts.deferred += "deferred" in outcomes
@@ -1869,15 +1751,17 @@ class _Courier:
         failed: dict[str, Reply] = {}
         deferred: dict[str, Reply] = {}
         lost = True
-        groups = list(_groups(claim.toaddrs))
+        groups = _groups(claim.toaddrs)
         for group in groups:
             replies = _ask(self.mailer, claim.fromaddr, group, claim.message)
             lost = lost and all(reply.code in _TROUBLE_CODES for reply in replies.values())
             sent, others = _sent_and_others(replies)
             if sent:
                 outcomes.add("sent")
-                more_groups = group is not groups[-1]
-                if not self._settle_sent(claim, sent, _error_line(others), more_groups):
+                # a large message is not written anew for each group
+                in_place = group is not groups[-1] and len(claim.message) > _LARGE
+                self._settle_sent(claim, sent, _error_line(others), in_place)
+                if claim.held:
                     return outcomes
             for address, reply in others.items():
                 if self.soft_bounce and reply.outcome == "failed":
@@ -1889,47 +1773,37 @@ class _Courier:
         self.losses = self.losses + 1 if lost else 0
         if failed:
             outcomes.add("failed")
-            if not self._settle_failed(claim, failed, deferred):
-                return outcomes
-        if deferred:
+            self._settle_failed(claim, failed, deferred)
+        if deferred and not claim.held:
             outcomes.add("deferred")
-            claim.note(tuple(deferred), _error_line(deferred))
+            claim.note(deferred, _error_line(deferred))
             self._defer(claim, deferred)
         return outcomes
 
-    def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, more_groups: bool) -> bool:
-        """Note that the relay has taken the message for some: here the window for a duplicate closes.
-
-        Return whether that could be done; else the claim is held.
-        """
-        waiting = tuple(address for address in claim.toaddrs if address not in sent)
-        noted = True
+    def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, in_place: bool) -> None:
+        """Note that the relay has taken the message for some: here the window for a duplicate closes."""
+        waiting = [address for address in claim.toaddrs if address not in sent]
         try:
             if waiting:
-                claim.note(waiting, error, in_place=more_groups and len(claim.message) > _LARGE)
+                claim.note(waiting, error, in_place)
             else:
                 claim.remove()
         except OSError as trouble:
             claim.hold(trouble)
-            noted = False
         self._report(claim, "sent", sent)
-        return noted
 
-    def _settle_failed(self, claim: _Claim, failed: Mapping[str, Reply], deferred: Mapping[str, Reply]) -> bool:
-        """Give up for those who are *failed*.  Return whether the others may be tried again; else the claim is held."""
-        noted = True
+    def _settle_failed(self, claim: _Claim, failed: Mapping[str, Reply], deferred: Mapping[str, Reply]) -> None:
+        """Give up for those who are *failed*; the others, if any, are left in the file."""
         if deferred:
-            claim.give_up_for(tuple(failed), _error_line(failed))
+            claim.give_up_for(failed, _error_line(failed))
             try:
-                claim.note(tuple(deferred), _error_line(deferred))
+                claim.note(deferred, _error_line(deferred))
             except OSError as trouble:  # or else there would be one more copy at each attempt
                 claim.hold(trouble)
-                noted = False
         else:
-            claim.note(tuple(failed), _error_line(failed))
+            claim.note(failed, _error_line(failed))
             claim.give_up()
         self._report(claim, "failed", failed)
-        return noted
 
     def _defer(self, claim: _Claim, replies: Mapping[str, Reply]) -> None:
         now = self.clock()
@@ -1938,13 +1812,13 @@ class _Courier:
         self._report(claim, "deferred", replies, due)
 
     def _report(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0) -> None:
-        _report(self.tell, outcome, claim, replies, self.mailer, due, delay=claim.age(self.clock()))
+        _report(self.tell, outcome, claim, replies, self.mailer, claim.age(self.clock()), due)
 
 
 # ----------------------------------------------------------------------------------------------- deliveries
 
 
-def _as_queue(queue: Maildir | str | os.PathLike[str]) -> Maildir:
+def _as_queue(queue: _Queue) -> Maildir:
     """Return *queue*, which may be its path.  Raise `TypeError` if it is neither, and what `Maildir` raises."""
     if isinstance(queue, Maildir):
         return queue
@@ -1953,16 +1827,15 @@ def _as_queue(queue: Maildir | str | os.PathLike[str]) -> Maildir:
     return Maildir(queue)
 
 
-def _checked_mailer(mailer: Any) -> Mailer:
+def _as_mailer(mailer: Any) -> Any:
     """Return *mailer*.  Raise `TypeError` if it can't send."""
     if isinstance(mailer, type) or not callable(getattr(mailer, "send", None)):
         raise TypeError(f"mailer must be an object with a method send, not {mailer!r}")
-    checked: Mailer = mailer
-    return checked
+    return mailer
 
 
-class _Outbox:
-    """Where the messages of a transaction wait for its end.  This one remembers them, and sends them in the commit."""
+class _Memory:
+    """Where the messages of a transaction wait for its end, to be sent in its commit; not queued."""
 
     def __init__(self, mailer: Mailer) -> None:
         self.mailer = mailer
@@ -1976,43 +1849,45 @@ class _Outbox:
     def secure(self, drafts: Sequence[_Draft]) -> None:
         """Do all that can fail.  Raise `OSError` if it does."""
 
-    def finish(self, drafts: Sequence[_Draft], tell: _Tell) -> None:
-        """Let the messages of a committed transaction go; *tell* what becomes of them."""
-        _attempt_all(self.mailer, drafts, self._attempt, tell, "failed")
+    def finish(self, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
+        """Let the messages of a committed transaction go, and add what becomes of them to *events*."""
 
-    def _attempt(self, draft: _Draft, tell: _Tell) -> None:
-        for group in _groups(draft.toaddrs):
-            replies = _ask(self.mailer, draft.fromaddr, group, draft.content)
-            sent, others = _sent_and_others(replies)
-            _report(tell, "sent", draft, sent, self.mailer)
-            _report(tell, "failed", draft, others, self.mailer)  # there is no later
+        def attempt(draft: _Draft) -> None:
+            for group in _groups(draft.toaddrs):
+                sent, others = _sent_and_others(_ask(self.mailer, draft.fromaddr, group, draft.content))
+                _report(events.append, "sent", draft, sent, self.mailer)
+                _report(events.append, "failed", draft, others, self.mailer)  # there is no later
+
+        _attempt_all(self.mailer, drafts, attempt, events, "failed")
 
 
 def _attempt_all(
-    mailer: Mailer, drafts: Sequence[_Draft], attempt: Callable[[_Draft, _Tell], None], tell: _Tell, otherwise: str
+    mailer: Mailer, drafts: Sequence[_Draft], attempt: Callable[[_Draft], None], events: list[MailEvent], otherwise: str
 ) -> None:
     """Let *attempt* send each of *drafts*, over one connection; in an outage, tell that the rest is *otherwise*."""
+    waiting = list(drafts)
     try:
         with _connected(mailer):
-            for draft in drafts:
-
-                def tell_of(event: MailEvent, draft: _Draft = draft) -> None:
-                    draft.toaddrs = tuple(address for address in draft.toaddrs if address not in event.toaddrs)
-                    tell(event)
-
-                attempt(draft, tell_of)
-                draft.toaddrs = ()
+            while waiting:
+                attempt(waiting[0])
+                del waiting[0]
     except RelayUnavailable as error:
+        told = {(event.message_id, address) for event in events for address in event.toaddrs}
         reply = Reply(451, f"4.4.1 {error}")
-        for draft in drafts:
-            _report(tell, otherwise, draft, dict.fromkeys(draft.toaddrs, reply), mailer, time.time())
+        for draft in waiting:
+            untold = [address for address in draft.toaddrs if (draft.message_id, address) not in told]
+            _report(events.append, otherwise, draft, dict.fromkeys(untold, reply), mailer, due=time.time())
 
 
-class _QueueOutbox(_Outbox):
-    """Messages wait in tmp/, and are published in the commit, for a processor to send."""
+class _Spool:
+    """The messages of a transaction wait in tmp/; they are published in its commit, for a processor to send.
 
-    def __init__(self, queue: Maildir) -> None:
+    With a *mailer*, the first attempt is made in the commit, too.
+    """
+
+    def __init__(self, queue: Maildir, mailer: Mailer | None = None) -> None:
         self.queue = queue
+        self.mailer = mailer
 
     def put(self, draft: _Draft) -> None:
         draft.name = self.queue._write(draft.fromaddr, draft.toaddrs, draft.content)
@@ -2025,23 +1900,21 @@ class _QueueOutbox(_Outbox):
     def secure(self, drafts: Sequence[_Draft]) -> None:
         _fsync_all([self.queue._path("tmp", draft.name) for draft in drafts])
 
-    def finish(self, drafts: Sequence[_Draft], tell: _Tell) -> None:
-        self.publish(drafts, tell)
-        self.queue._wake()
-
-    def publish(self, drafts: Sequence[_Draft], tell: _Tell) -> list[_Draft]:
-        """Publish all of *drafts*; return those that are in new/.  One that can't be moved stays complete in tmp/."""
+    def finish(self, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
         try:
-            stuck = self._publish_all(drafts)
-        except BaseException:  # an interrupt; what it kept from being moved must be
-            self._publish_all(drafts)
+            stuck = self.publish(drafts)
+        except BaseException:  # an interrupt; what it kept from being published must be
+            self.publish(drafts)
             raise
         for draft in drafts:
             if draft.name in stuck:
-                self._tell_stuck(draft, stuck[draft.name], tell)
-        return [draft for draft in drafts if draft.name not in stuck]
+                self.tell_stuck(draft, stuck[draft.name], events)
+        if self.mailer is not None:
+            self.try_at_once(self.mailer, [draft for draft in drafts if draft.name not in stuck], events)
+        self.queue._wake()
 
-    def _publish_all(self, drafts: Sequence[_Draft]) -> dict[str, OSError]:
+    def publish(self, drafts: Sequence[_Draft]) -> dict[str, OSError]:
+        """Publish committed messages; return those that could not be moved, and stay complete in tmp/."""
         stuck = {}
         for draft in drafts:
             try:
@@ -2051,36 +1924,25 @@ class _QueueOutbox(_Outbox):
         self.queue._secure("new")
         return stuck
 
-    def _tell_stuck(self, draft: _Draft, error: OSError, tell: _Tell) -> None:
+    def tell_stuck(self, draft: _Draft, error: OSError, events: list[MailEvent]) -> None:
         path = self.queue._path("tmp", draft.name)
         in_a_year = time.time() + 366 * 86400
         with contextlib.suppress(OSError):
             os.utime(path, (in_a_year, in_a_year))  # until then it is no litter
         _log.critical("committed mail is stuck: move %s to new/ by hand", path)
         reply = Reply(554, f"5.3.0 stuck in {path}: {_reason(error)}")
-        _report(tell, "failed", draft, dict.fromkeys(draft.toaddrs, reply), None)
+        _report(events.append, "failed", draft, dict.fromkeys(draft.toaddrs, reply))
 
+    def try_at_once(self, mailer: Mailer, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
+        courier = _Courier(self.queue, mailer, events.append)
 
-class _TryingQueueOutbox(_QueueOutbox):
-    """Messages are published in the commit, and the first attempt is made there, too."""
-
-    def __init__(self, queue: Maildir, mailer: Mailer) -> None:
-        self.queue = queue
-        self.mailer = mailer
-
-    def finish(self, drafts: Sequence[_Draft], tell: _Tell) -> None:
-        published = self.publish(drafts, tell)  # first of all, in case this process dies
-        courier = _Courier(self.queue, self.mailer, tell)
-
-        def attempt(draft: _Draft, tell_of: _Tell) -> None:
-            courier.tell = tell_of
+        def attempt(draft: _Draft) -> None:
             try:
                 courier.deliver("new", draft.name)
             except OSError as error:  # a processor will
-                _log.error("%s: %s", _printable(draft.name), _reason(error))
+                _log.error("%s: %s", draft.name, _reason(error))
 
-        _attempt_all(self.mailer, published, attempt, tell, "deferred")
-        self.queue._wake()
+        _attempt_all(mailer, drafts, attempt, events, "deferred")
 
 
 @dataclasses.dataclass
@@ -2101,9 +1963,9 @@ class _DataManager:
     messages that are not finished, and finish takes those away first.
     """
 
-    def __init__(self, delivery: _Delivery, manager: Any) -> None:
+    def __init__(self, delivery: _Delivery) -> None:
         self.delivery = delivery  # Transaction.set_data goes by id(): while this lives, no other delivery has that one
-        self.transaction_manager = manager  # of the interface
+        self.transaction_manager = delivery._manager  # of the interface
         self.drafts: list[_Draft] = []
         self.joined = False
         self.committing = False
@@ -2142,33 +2004,28 @@ class _DataManager:
         events: list[MailEvent] = []
         try:
             if drafts:
-                self.delivery._outbox.finish(drafts, events.append)
+                self.delivery._outbox.finish(drafts, events)
         except Exception:  # a bug; the messages are where they are
             _log.critical("in doubt: mail of a committed transaction: %s", drafts, exc_info=True)
         finally:
             if events:  # or else no hook: it makes `transaction` abort everything once more
-                current.addAfterCommitHook(_notify_all, (events,))
+                current.addAfterCommitHook(lambda _committed: list(map(notify, events)))
 
     def sortKey(self) -> str:
         return f"~~sendmail:{id(self)}"  # after every database's: mail must not be visible before the data
 
 
-def _notify_all(_committed: bool, events: Sequence[MailEvent]) -> None:
-    for event in events:
-        notify(event)
-
-
 class _Delivery:
     """What the two deliveries share."""
 
-    def __init__(self, outbox: _Outbox, transaction_manager: Any) -> None:
-        transaction = _transaction_package()
-        if transaction is None:
+    def __init__(self, outbox: _Memory | _Spool, transaction_manager: Any) -> None:
+        package = _transaction_package()
+        if package is None:
             raise ImportError(f"{type(self).__name__} needs the package transaction: pip install transaction")
-        if transaction_manager is None:
-            transaction_manager = transaction.manager
-        self._manager = transaction_manager
         self._outbox = outbox
+        self._manager = transaction_manager
+        if transaction_manager is None:
+            self._manager = package.manager
 
     def send(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Send *message* when, and only when, the transaction commits; return its id (without angle brackets).
@@ -2187,7 +2044,7 @@ class _Delivery:
         try:
             data: _DataManager = current.data(self)
         except KeyError:
-            data = _DataManager(self, self._manager)
+            data = _DataManager(self)
             current.set_data(self, data)
         if data.committing:
             raise ValueError("the transaction is being committed: too late to send")
@@ -2208,14 +2065,10 @@ class DirectMailDelivery(_Delivery):
     `QueuedMailDelivery`.
     """
 
-    def __init__(
-        self, mailer: Mailer, transaction_manager: Any = None, *,
-        fallback: Maildir | str | os.PathLike[str] | None = None,
-    ) -> None:  # fmt: skip
-        mailer = _checked_mailer(mailer)
-        outbox = _Outbox(mailer)
+    def __init__(self, mailer: Mailer, transaction_manager: Any = None, *, fallback: _Queue | None = None) -> None:
+        outbox: _Memory | _Spool = _Memory(_as_mailer(mailer))
         if fallback is not None:
-            outbox = _TryingQueueOutbox(_as_queue(fallback), mailer)
+            outbox = _Spool(_as_queue(fallback), mailer)
         super().__init__(outbox, transaction_manager)
 
 
@@ -2226,8 +2079,8 @@ class QueuedMailDelivery(_Delivery):
     `ImportError` where `transaction` is not installed, and what `Maildir` raises.
     """
 
-    def __init__(self, queue: Maildir | str | os.PathLike[str], transaction_manager: Any = None) -> None:
-        super().__init__(_QueueOutbox(_as_queue(queue)), transaction_manager)
+    def __init__(self, queue: _Queue, transaction_manager: Any = None) -> None:
+        super().__init__(_Spool(_as_queue(queue)), transaction_manager)
 
 
 # ------------------------------------------------------------------------------------------------ processor
@@ -2249,28 +2102,28 @@ class QueueProcessorThread(threading.Thread):
     """
 
     def __init__(
-        self, queue: Maildir | str | os.PathLike[str], mailer: Mailer, interval: float = 3.0, *,
+        self, queue: _Queue, mailer: Mailer, interval: float = 3.0, *,
         batch: int | None = None, max_age: float = _MAX_AGE, soft_bounce: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(name="sendmail", daemon=True)
-        self._mailer = _checked_mailer(mailer)
-        self._interval = _checked_number("interval", interval)
+        self._mailer = _as_mailer(mailer)
+        self._interval = _number("interval", interval)
         self._batch: float = math.inf
         if batch is not None:
-            self._batch = _checked_number("batch", batch, int)
-        self._max_age = _checked_number("max_age", max_age)
+            self._batch = _number("batch", batch, int)
+        self._max_age = _number("max_age", max_age)
         self._soft_bounce = soft_bounce
         self._queue = _as_queue(queue)
         self._clock: Callable[[], float] = time.time
         self._stopping = False
         self._make_bell()
-        self._left_alone: dict[str, float] = {}  # what can't be claimed or settled, and until when
+        self._finished: collections.deque[float] = collections.deque()  # when, of the latest *batch* messages
         self._retries: collections.deque[str] = collections.deque()  # what is due in deferred/, in order
         self._waiting = 0  # messages in deferred/, when it was last looked at, and by what was done here since
-        self._next_look = 0.0  # at deferred/
+        self._left_alone: set[str] = set()  # what can't be claimed or settled: until the next look at deferred/
+        self._next_look = 0.0
         self._next_cleaning = 0.0
-        self._finished: collections.deque[float] = collections.deque()  # when, of the latest *batch* messages
-        self._outage_began: float | None = None
+        self._outage_began = 0.0  # 0: there is none
 
     def _make_bell(self) -> None:
         """Make the pipe that `stop()` writes to: a signal handler may, where an Event could dead-lock."""
@@ -2309,47 +2162,46 @@ class QueueProcessorThread(threading.Thread):
             while not self._stopping:
                 trigger = self._queue._open_trigger()  # anew, for somebody may have replaced it
                 try:
-                    self._try_process(woken)
+                    self._try_pass(woken)
                     woken = self._wait(trigger)
                 finally:
-                    if trigger is not None:
+                    if trigger >= 0:
                         os.close(trigger)
         finally:
             self._queue._wake()  # the others, if this one was woken in their place
             atexit.unregister(self._stop_and_join)
 
-    def _try_process(self, woken: bool) -> None:
+    def _try_pass(self, woken: bool) -> None:
         """Make a pass, and say when an outage is over."""
         try:
             counts = self._pass(self._allowance(), woken)
         except Exception as error:  # the queue can't be read, for now
             _log.error("cannot process %s: %s", self._queue.path, _reason(error))
             return
-        if counts.outage is None:
-            if self._outage_began is not None and counts.messages:
-                _log.warning("the relay is back after %.0f s", self._clock() - self._outage_began)
-            self._outage_began = None
-        elif self._outage_began is None:
-            self._outage_began = self._clock()
+        if counts.outage is not None:
+            self._outage_began = self._outage_began or self._clock()
+        else:
+            if self._outage_began and counts.messages:
+                _log.warning("the relay is back, after %.0f s", self._clock() - self._outage_began)
+            self._outage_began = 0.0
 
-    def _wait(self, trigger: int | None) -> bool:
+    def _wait(self, trigger: int) -> bool:
         """Wait for the next pass; return whether mail has come.
 
         What was written to wake us is read before that pass lists, so that no mail is missed.
         """
         seconds = self._interval
         fds = [self._bell[0]]
-        if self._outage_began is not None:  # the wait doubles, for it is as long as the outage has lasted
+        if self._outage_began:  # the wait doubles, for it is as long as the outage has lasted
             seconds = max(seconds, min(self._clock() - self._outage_began, _OUTAGE_WAIT_MAX))
-        else:
-            if trigger is not None:
-                fds.append(trigger)
-            if self._allowance() < 1:
-                seconds = self._finished[0] + self._interval - self._clock()
+        elif trigger >= 0:
+            fds.append(trigger)
+        if self._allowance() < 1:
+            seconds = self._finished[0] + self._interval - self._clock()
         poll = select.poll()
         for fd in fds:
             poll.register(fd, select.POLLIN)
-        ready = [fd for fd, _ in poll.poll(min(1000 * max(seconds, 0.001), 1 << 30))]
+        ready = [fd for fd, _ in poll.poll(min(1000 * max(seconds, 0), 1 << 30))]
         for fd in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(fd, 1 << 20)
@@ -2370,7 +2222,7 @@ class QueueProcessorThread(threading.Thread):
         self._clean()
         courier = _Courier(queue, self._mailer, notify, self._clock, self._max_age, self._soft_bounce)
         counts = courier.counts
-        counts.left = self._take_up_dead_claims()
+        self._take_up_dead_claims()
         fresh = self._fresh()
         if not fresh:
             self._look_at_deferred()
@@ -2383,9 +2235,7 @@ class QueueProcessorThread(threading.Thread):
             except RelayUnavailable as error:
                 counts.outage = error
             self._look_at_deferred()  # if that was not done yet
-            fresh = self._fresh()
-            counts.left = sum(1 for _ in queue._names("cur"))
-        counts.left += len(fresh) + self._waiting
+        counts.left = self._waiting + sum(1 for directory in ("new", "cur") for _ in queue._names(directory))
         if counts.outage is not None:
             _log.warning("relay unavailable, %d left in the queue: %s", counts.left, _reason(counts.outage))
         return counts
@@ -2405,17 +2255,16 @@ class QueueProcessorThread(threading.Thread):
 
     def _deliver(self, courier: _Courier, directory: str, name: str) -> int:
         """Deliver one message, if nobody else has claimed it; return how many (0 or 1) that was."""
-        done = courier.counts.messages
-        deferred = courier.counts.deferred
+        counts = courier.counts
+        deferred = counts.deferred
+        done = counts.messages
         try:
             courier.deliver(directory, name)
         except OSError as error:
             self._leave_alone(directory, name, error)
         finally:
-            if directory == "deferred":
-                self._waiting -= 1
-            self._waiting += courier.counts.deferred - deferred
-            done = courier.counts.messages - done
+            self._waiting += counts.deferred - deferred - (directory == "deferred")
+            done = counts.messages - done
             if done and self._batch < math.inf:
                 self._finished.append(self._clock())
         return done
@@ -2434,115 +2283,90 @@ class QueueProcessorThread(threading.Thread):
             self._next_cleaning = now + 3600
             self._queue._clean(now)
 
-    def _take_up_dead_claims(self) -> int:
-        """Release what stands in cur/ and was abandoned by a process that died; return how many others hold."""
-        held = 0
+    def _take_up_dead_claims(self) -> None:
+        """Release what stands in cur/ and was abandoned by a process that died."""
         for name in list(self._queue._names("cur")):
-            held += 1
-            if self._is_left_alone(name):
-                continue
-            try:
-                abandoned = self._queue._lock("cur", name)
-                if abandoned is not None:
-                    with contextlib.closing(abandoned):
-                        abandoned.release()
-                    held -= 1
-            except OSError as error:
-                self._leave_alone("cur", name, error)
-        return held
+            if name not in self._left_alone:
+                try:
+                    abandoned = self._queue._lock("cur", name)
+                    if abandoned is not None:
+                        with contextlib.closing(abandoned):
+                            abandoned.release()
+                except OSError as error:
+                    self._leave_alone("cur", name, error)
 
     def _fresh(self) -> list[str]:
         """Return what stands in new/, in order of arrival."""
-        return sorted(name for name in self._queue._names("new") if not self._is_left_alone(name))
+        return sorted(name for name in self._queue._names("new") if name not in self._left_alone)
 
     def _look_at_deferred(self) -> None:
         """Learn what is due in deferred/: once a minute, or when the first message known to be in it falls due."""
         now = self._clock()
         if self._retries or now < self._next_look <= now + _LOOK_INTERVAL:
             return
+        this_second = f"{int(now):010}"
+        latest = f"{int(now + _BACKOFF_MAX):010}"
+        first = f"{int(now + _LOOK_INTERVAL):010}"
         due = []
         self._waiting = 0
-        self._next_look = now + _LOOK_INTERVAL
-        waiting_from = f"{int(now) + 1:010}"
-        waiting_to = f"{int(now + _BACKOFF_MAX):010}"
-        first = waiting_to
         for name in self._queue._names("deferred"):
             self._waiting += 1
-            # as text first: there may be a million
-            if waiting_from <= name[:10] <= waiting_to and _due_time(name, now):
+            # as text first, which is quick: there may be a million
+            if this_second < name[:10] <= latest and _due_time(name, now):
                 first = min(first, name[:10])
-            elif not self._is_left_alone(name):
+            elif name not in self._left_alone:
                 due.append(name)
-        self._next_look = min(self._next_look, float(first))
         self._retries.extend(sorted(due))
-
-    def _is_left_alone(self, name: str) -> bool:
-        if name not in self._left_alone:
-            return False
-        now = self._clock()
-        if now < self._left_alone[name] <= now + _BACKOFF_MIN:
-            return True
-        del self._left_alone[name]
-        return False
+        self._next_look = float(first)
+        self._left_alone.clear()
 
     def _leave_alone(self, directory: str, name: str, error: Exception) -> None:
-        """Leave alone for a minute what can't be claimed or settled."""
-        for known_as in (name, _DUE.sub("", name)):
-            self._left_alone[known_as] = self._clock() + _BACKOFF_MIN
+        """Leave alone for a minute, at most, what can't be claimed or settled."""
+        self._left_alone.update((name, _DUE.sub("", name)))
         _log.error("leaving alone %s/%s for now: %s", directory, _printable(name), _reason(error))
 
 
 # --------------------------------------------------------------------------------------------- command line
 
-
-class _Option(NamedTuple):
-    name: str
-    value: str  # what stands for its value in the help; '' if it takes none
-    modes: str  # those in which it means something
-    help: str
-
-
-_EVERY_MODE = "pass list requeue inject"
-_OPTIONS = (
-    _Option("maildir", "DIR", _EVERY_MODE, "the queue, made if it is missing\n(default: $SENDMAIL_MAILDIR)"),
-    _Option("interval", "SECONDS", "pass", "stay, look for mail that often, and when some is queued"),
-    _Option("workers", "N", "pass", "processors, each with a connection (default: 1)"),
-    _Option("batch", "N", "pass", "messages that each of them sends in any interval,\nor in its one pass, at most"),
-    _Option("max-age", "DAYS", "pass", "give up what is still deferred then (default: 5)"),
-    _Option("soft-bounce", "", "pass", "defer what the relay refuses for good"),
-    _Option("print", "", "pass",
-            "print what is due, which leaves the queue, instead of\n"
-            "sending it (to look at it, use --list)"),
-    _Option("hostname", "HOST", "pass",
-            "the relay, HOST or HOST:PORT, or several, in order of\n"
-            "preference, with commas between (default: localhost)"),
-    _Option("port", "PORT", "pass", "its port (default: 25)"),
-    _Option("username", "NAME", "pass", "log in, with the password in $SENDMAIL_PASSWORD, or"),
-    _Option("password-file", "FILE", "pass", "in the first line of FILE, read at every login"),
-    _Option("auth", "MECHANISM", "pass", "CRAM-MD5, PLAIN, LOGIN or XOAUTH2\n(default: the best of the first three)"),
-    _Option("no-tls", "", "pass", "never use TLS"),
-    _Option("force-tls", "", "pass", "require STARTTLS"),
-    _Option("implicit-tls", "", "pass", "speak TLS from the start, as on port 465"),
-    _Option("timeout", "SECONDS", "pass",
-            "for each step of the dialogue (default: 60);\n"
-            "the reply to the data has ten minutes"),
-    _Option("list", "", "list", "show the queue,"),
-    _Option("json", "", "list", "as a JSON object for each message"),
-    _Option("requeue", "", "requeue", "make failed and deferred messages due again"),
-    _Option("domain", "DOMAIN", "inject", "completes addresses without one (default: this\nhost's name)"),
-    _Option("verbose", "", _EVERY_MODE, "log what was sent or deferred, too"),
-    _Option("help", "", _EVERY_MODE, "show this"),
-    _Option("version", "", _EVERY_MODE, "show the version"),
+_ALL = ("pass", "list", "requeue", "inject")
+# name, what stands for its value in the help, where it means something, and what the help says
+_OPTIONS: tuple[tuple[str, str, Sequence[str], str], ...] = (
+    ("maildir", "DIR", _ALL, "the queue, made if it is missing\n(default: $SENDMAIL_MAILDIR)"),
+    ("interval", "SECONDS", ["pass"], "stay, look for mail that often, and when some is queued"),
+    ("workers", "N", ["pass"], "processors, each with a connection (default: 1)"),
+    ("batch", "N", ["pass"], "messages that each of them sends in any interval,\nor in its one pass, at most"),
+    ("max-age", "DAYS", ["pass"], "give up what is still deferred then (default: 5)"),
+    ("soft-bounce", "", ["pass"], "defer what the relay refuses for good"),
+    ("print", "", ["pass"], "print what is due, which leaves the queue, instead of\nsending it (see also --list)"),
+    ("hostname", "HOST", ["pass"], "the relay, HOST or HOST:PORT, or several, in order of\n"
+     "preference, with commas between (default: localhost)"),
+    ("port", "PORT", ["pass"], "its port (default: 25)"),
+    ("username", "NAME", ["pass"], "log in, with the password in $SENDMAIL_PASSWORD, or"),
+    ("password-file", "FILE", ["pass"], "in the first line of FILE, read at every login"),
+    ("auth", "MECHANISM", ["pass"], "CRAM-MD5, PLAIN, LOGIN or XOAUTH2\n(default: the best of the first three)"),
+    ("no-tls", "", ["pass"], "never use TLS"),
+    ("force-tls", "", ["pass"], "require STARTTLS"),
+    ("implicit-tls", "", ["pass"], "speak TLS from the start, as on port 465"),
+    ("timeout", "SECONDS", ["pass"], "for each step of the dialogue (default: 60);\n"
+     "the reply to the data has ten minutes"),
+    ("list", "", ["list"], "show the queue,"),
+    ("json", "", ["list"], "as a JSON object for each message"),
+    ("requeue", "", ["requeue"], "make failed and deferred messages due again"),
+    ("domain", "DOMAIN", ["inject"], "completes addresses without one (default: this\nhost's name)"),
+    ("verbose", "", _ALL, "log what was sent or deferred, too"),
+    ("help", "", _ALL, "show this"),
+    ("version", "", _ALL, "show the version"),
 )  # fmt: skip
 _USAGE = """\
-usage: python -m sendmail --maildir DIR [option ...]       send what is due, once
-       python -m sendmail --maildir DIR --interval SECONDS       keep doing so
-       python -m sendmail --maildir DIR -t < message             queue a message,
-       python -m sendmail --maildir DIR [-f SENDER] RECIPIENT ...  or for these
-       python -m sendmail --maildir DIR --list [--json]          show the queue
-       python -m sendmail --maildir DIR --requeue [NAME ...]     try again
-"""
-_EPILOGUE = """
+usage: python -m sendmail --maildir DIR [option ...]         send what is due, once
+       python -m sendmail --maildir DIR --interval SECONDS   keep doing so
+       python -m sendmail --maildir DIR -t < message         queue a message, or
+       python -m sendmail --maildir DIR [-f SENDER] RECIPIENT ...  for these
+       python -m sendmail --maildir DIR --list [--json]      show the queue
+       python -m sendmail --maildir DIR --requeue [NAME ...] make messages due again
+
+%s
+
 of sendmail(8), to queue a message:
   -t                    take the recipients from To, Cc and Bcc, too
   -i, -oi               a line with only a dot does not end the message
@@ -2553,118 +2377,110 @@ others are ignored, but -bp, which is --list.
 exit status: 0 done, or stopped by a signal, even if messages were deferred or
 given up; 64 usage; 65 bad message, or no message called NAME; 73 the queue
 can't be opened or made; 74 input or output error; 75 relay unavailable;
-130 interrupted
-"""
+130 interrupted"""
 _SENDMAIL_OPTIONS = "A:B:C:F:GIL:N:O:R:UV:X:b:ce:f:h:imno:p:r:tv"  # Postfix's; -q is not getopt's kind
 _KINDS: Mapping[str, Callable[[str], float]] = {"SECONDS": float, "DAYS": float, "N": int, "PORT": int}
-_MODES = {
-    "pass": "a pass over the queue", "list": "--list", "requeue": "--requeue",
-    "inject": "queueing a message (recipients, or options of sendmail)",
-}  # fmt: skip
 _TIMES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 _SIZES = ((10**6, "MB"), (1000, "kB"), (1, "B"))
-_LISTED = ("cur", "new", "deferred", ".failed/new", ".failed/cur")
 
 
 class _Exit(Exception):
-    """Ends the command line, with a status and a line for people."""
-
-    def __init__(self, status: int, line: str = "") -> None:
-        super().__init__(line)
-        self.status = status
+    """Ends the command line; the arguments are a status and a line for people."""
 
 
 @dataclasses.dataclass
 class _Arguments:
-    """A command line that was understood."""
+    """A command line, understood."""
 
-    mode: str
+    mode: str  # 'pass', 'list', 'requeue' or 'inject'
     ours: dict[str, Any]
     theirs: dict[str, str]  # options of sendmail(8)
     operands: list[str]
 
 
 def _help() -> str:
-    lines = [_USAGE]
-    for option in _OPTIONS:
-        head = f"  --{option.name} {option.value}"
-        for line in option.help.split("\n"):
+    lines = []
+    for name, value, _, text in _OPTIONS:
+        head = f"  --{name} {value}"
+        for line in text.split("\n"):
             lines.append(f"{head:24}{line}")
             head = ""
-    return "\n".join(lines) + "\n" + _EPILOGUE.rstrip()
+    return _USAGE % "\n".join(lines)
 
 
 def _parse(argv: Sequence[str]) -> _Arguments:
     """Understand *argv*.  Raise `_Exit` if it makes no sense."""
-    values = {option.name: option.value for option in _OPTIONS}
-    known = [name + "=" * bool(value) for name, value in values.items()]
-    first_part = list(itertools.takewhile(lambda arg: arg != "--", argv))
-    runs = [arg for arg in first_part if arg.startswith("-q")]  # of these only an attached value is one
-    rest = [arg for arg in first_part if not arg.startswith("-q")] + list(argv[len(first_part) :])
-    try:
-        pairs, operands = _getopt(rest, [*known, "password="])
-    except getopt.GetoptError as error:
-        raise _Exit(os.EX_USAGE, f"{error}; see --help") from None
-    ours: dict[str, Any] = {}
-    theirs = dict.fromkeys(runs, "")
-    for option, value in pairs:
-        name = option[2:]
-        if not option.startswith("--"):
-            theirs[option + (value if option in ("-o", "-b") else "")] = value
-        elif option not in [arg.partition("=")[0] for arg in rest]:
-            raise _Exit(os.EX_USAGE, f"no option may be abbreviated: write {option}; see --help")
-        elif name == "password":
-            raise _Exit(os.EX_USAGE, "a password on the command line is seen by everybody: use --password-file FILE")
-        else:
-            ours[name] = _converted(name, values[name], value)
-    arguments = _Arguments("pass", ours, theirs, operands)
+    rest = list(itertools.takewhile(lambda arg: arg != "--", argv))
+    theirs = {arg: "" for arg in rest if arg.startswith("-q")}  # of which only an attached value is one
+    if len(rest) < len(argv):
+        theirs["--"] = ""
+    rest = [arg for arg in rest if arg not in theirs]
+    known = [name + "=" * bool(value) for name, value, *_ in _OPTIONS]
+    ours: dict[str, str] = {}
+    operands: list[str] = []
+    while rest:  # options may stand after operands
+        written = [arg.partition("=")[0] for arg in rest]
+        try:
+            pairs, rest = getopt.getopt(rest, _SENDMAIL_OPTIONS, known)
+        except getopt.GetoptError as error:
+            raise _Exit(os.EX_USAGE, f"{error}; see --help") from None
+        for option, value in pairs:
+            if option in ("-o", "-b"):
+                theirs[option + value] = value
+            elif not option.startswith("--"):
+                theirs[option] = value
+            elif option in written:
+                ours[option[2:]] = value
+            elif "--password" in written:
+                raise _Exit(os.EX_USAGE, "everybody could see a password here: use --password-file FILE")
+            else:
+                raise _Exit(os.EX_USAGE, f"write {option} in full; see --help")
+        operands += rest[:1]
+        del rest[:1]
+    operands += itertools.islice(itertools.dropwhile(lambda arg: arg != "--", argv), 1, None)
+    return _understood(ours, theirs, operands)
+
+
+def _understood(ours: Mapping[str, str], theirs: dict[str, str], operands: list[str]) -> _Arguments:
+    """Return what is to be done.  Raise `_Exit` where options do not go together, or have a wrong value.
+
+    A stray word must not turn a daemon into a sender.
+    """
+    options: dict[str, Any] = dict(ours)
+    mode = "pass"
     if "-bp" in theirs:
-        ours["list"] = ""
-        theirs.clear()
-    if "list" in ours:
-        arguments.mode = "list"
-    elif "requeue" in ours:
-        arguments.mode = "requeue"
-    elif theirs or operands or len(first_part) < len(argv):
-        arguments.mode = "inject"
-    _check_mode(arguments)
-    return arguments
+        theirs = {}
+        options["list"] = ""
+    if "list" in options:
+        mode = "list"
+    elif "requeue" in options:
+        mode = "requeue"
+        theirs.pop("--", None)
+    elif theirs or operands:
+        mode = "inject"
+    stray = list(theirs)
+    if mode == "list":
+        stray += operands
+    elif mode == "inject":
+        stray = [option for option in theirs if option.startswith("-b") and option != "-bm"]
+    for name, value, modes, _ in _OPTIONS:
+        if name in options and mode not in modes:
+            stray.append(f"--{name}")
+        elif name in options and value in _KINDS:
+            options[name] = _number_from(name, _KINDS[value], options[name])
+    if stray:
+        doing = {"pass": "sending what is due", "inject": f"queueing a message ({' '.join([*theirs, *operands])})"}
+        what = doing.get(mode, f"--{mode}")
+        raise _Exit(os.EX_USAGE, f"{stray[0]} does not go together with {what}; see --help")
+    return _Arguments(mode, options, theirs, operands)
 
 
-def _getopt(argv: list[str], known: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Call `gnu_getopt`, under POSIXLY_CORRECT, too: options may stand after recipients."""
-    posixly_correct = os.environ.pop("POSIXLY_CORRECT", None)
-    try:
-        return getopt.gnu_getopt(argv, _SENDMAIL_OPTIONS, known)
-    finally:
-        if posixly_correct is not None:
-            os.environ["POSIXLY_CORRECT"] = posixly_correct
-
-
-def _converted(name: str, kind: str, text: str) -> Any:
-    """Return the value of an option.  Raise `_Exit` if it is no positive number, where it must be one."""
-    if kind not in _KINDS:
-        return text
+def _number_from(name: str, kind: Callable[[str], float], text: str) -> float:
     with contextlib.suppress(ValueError):
-        number = _KINDS[kind](text)
+        number = kind(text)
         if 0 < number < 1e9:
             return number
-    raise _Exit(os.EX_USAGE, f"--{name} takes a positive number ({kind}), not {text!r}")
-
-
-def _check_mode(arguments: _Arguments) -> None:
-    """Raise `_Exit` where options do not go together: a stray word must not turn a daemon into a sender."""
-    doing = _MODES[arguments.mode]
-    for option in _OPTIONS:
-        if option.name in arguments.ours and arguments.mode not in option.modes.split():
-            raise _Exit(os.EX_USAGE, f"--{option.name} does not go together with {doing}; see --help")
-    for theirs in arguments.theirs:
-        if arguments.mode != "inject":
-            raise _Exit(os.EX_USAGE, f"{theirs} does not go together with {doing}; see --help")
-        if theirs.startswith("-b") and theirs != "-bm":
-            raise _Exit(os.EX_USAGE, f"{theirs}: of -b only -bm and -bp are for this program")
-    if arguments.mode == "list" and arguments.operands:
-        raise _Exit(os.EX_USAGE, f"--list takes no names, but got {arguments.operands[0]!r}; see --help")
+    raise _Exit(os.EX_USAGE, f"--{name} takes a positive number, not {text!r}")
 
 
 def _first_line(path: str) -> str:
@@ -2673,7 +2489,7 @@ def _first_line(path: str) -> str:
 
 
 def _make_mailer(options: Mapping[str, Any]) -> Mailer:
-    """Return the mailer that the command line describes.  Raise `_Exit` if there can be none."""
+    """Return the mailer that the command line describes.  Raise `ValueError` or `OSError` if there can be none."""
     if "print" in options:
         return StreamMailer()
     settings: dict[str, Any] = {}
@@ -2682,29 +2498,25 @@ def _make_mailer(options: Mapping[str, Any]) -> Mailer:
             settings[name] = options[name]
     for name in ("no-tls", "force-tls", "implicit-tls"):
         settings[name.replace("-", "_")] = name in options
-    password_file = options.get("password-file")
-    try:
-        if password_file is not None:
-            with open(password_file, "rb"):  # better now than at the first login
-                settings["password"] = functools.partial(_first_line, password_file)
-        elif "username" in options and "SENDMAIL_PASSWORD" in os.environ:
-            settings["password"] = os.environ["SENDMAIL_PASSWORD"]
-        return SMTPMailer(**settings)
-    except OSError as error:
-        raise _Exit(os.EX_USAGE, f"cannot read the password file: {_reason(error)}") from None
-    except ValueError as error:
-        raise _Exit(os.EX_USAGE, str(error)) from None
+    if "password-file" in options:
+        os.close(os.open(options["password-file"], os.O_RDONLY))  # better now than at the first login
+        settings["password"] = functools.partial(_first_line, options["password-file"])
+    elif "username" in options:
+        settings["password"] = os.environ.get("SENDMAIL_PASSWORD")
+    return SMTPMailer(**settings)
 
 
 def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
     """Run the processors: for one pass, or until a signal; a second one ends them at once."""
-    mailer = _make_mailer(options)
-    processors = []
-    for _ in range(options.get("workers", 1)):
-        processors.append(QueueProcessorThread(
-            queue, mailer, options.get("interval", 3.0), batch=options.get("batch"),
-            max_age=options.get("max-age", 5) * 86400, soft_bounce="soft-bounce" in options,
-        ))  # fmt: skip
+    try:
+        mailer = _make_mailer(options)
+    except (OSError, ValueError) as error:
+        raise _Exit(os.EX_USAGE, _reason(error)) from None
+    settings = {
+        "interval": options.get("interval", 3.0), "batch": options.get("batch"),
+        "max_age": options.get("max-age", 5) * 86400, "soft_bounce": "soft-bounce" in options,
+    }  # fmt: skip
+    processors = [QueueProcessorThread(queue, mailer, **settings) for _ in range(options.get("workers", 1))]
 
     def stop(signum: int, _frame: object) -> None:
         signal.signal(signum, signal.SIG_DFL)
@@ -2725,33 +2537,18 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
         if len(processors) == 1:
             results = [work(processors[0])]
         else:
+            import concurrent.futures  # which takes its time
+
             pool = undo.enter_context(concurrent.futures.ThreadPoolExecutor(len(processors)))
             results = list(pool.map(work, processors))
     if not all(results):
-        raise _Exit(os.EX_TEMPFAIL)
+        raise _Exit(os.EX_TEMPFAIL, "")
 
 
 def _completed(text: str, domain: str) -> list[str]:
     """Return the addresses in *text*, those without a domain completed with *domain*."""
-    addresses = []
-    for address in _split_addresses(text):
-        if re.fullmatch(_LOCAL_PART, address):
-            address += f"@{domain}"
-        addresses.append(address)
-    return addresses
-
-
-def _sender(flags: Mapping[str, str], domain: str) -> str:
-    """Return the envelope sender: the one given, else the user."""
-    sender = flags.get("-f", flags.get("-r"))
-    if sender is None:
-        try:
-            sender = pwd.getpwuid(os.getuid()).pw_name
-        except KeyError:  # as in many a container
-            sender = f"uid{os.getuid()}"
-    if sender in ("", "<>"):
-        return ""
-    return ",".join(_completed(sender, domain))  # several are refused later
+    addresses = _split_addresses(text)
+    return [f"{a}@{domain}" if re.fullmatch(_LOCAL_PART, a) else a for a in addresses]
 
 
 def _read_message(flags: Mapping[str, str]) -> bytes:
@@ -2766,12 +2563,11 @@ def _read_message(flags: Mapping[str, str]) -> bytes:
     return re.sub(rb"\A(?:>*From [^\n]*\n)+", b"", message)  # of an mbox
 
 
-def _recipients_in(headers: bytes, domain: str) -> list[str]:
-    """Return the recipients in To, Cc and Bcc or, where there are such, in their Resent- fields."""
-    values = _header_values(headers, b"Resent-(?:To|Cc|Bcc)")
-    if not values:
-        values = _header_values(headers, b"(?:To|Cc|Bcc)")
-    return [address for value in values for address in _completed(value, domain)]
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # as in many a container
+        return f"uid{os.getuid()}"
 
 
 def _inject(queue: Maildir, arguments: _Arguments) -> None:
@@ -2783,25 +2579,22 @@ def _inject(queue: Maildir, arguments: _Arguments) -> None:
         recipients += _completed(operand, domain) or [operand]
     if not recipients and "-t" not in flags:
         raise _Exit(os.EX_USAGE, "no recipients: name them, or use -t; see --help")
-    sender = _sender(flags, domain)
+    sender = flags.get("-f", flags.get("-r", _user()))
+    sender = ",".join(_completed(sender, domain)).removeprefix("<>")  # several are refused below
     message = _read_message(flags)
     headers = _headers_of(message)
     if "-t" in flags:
-        recipients += _recipients_in(headers, domain)
+        resent = _header_values(headers, "Resent-(?:To|Cc|Bcc)")
+        for value in resent or _header_values(headers, "(?:To|Cc|Bcc)"):
+            recipients += _completed(value, domain)
     message = _BCC.sub(b"", headers) + message[len(headers) :]
-    if not _header_values(headers, b"From"):
+    if not _header_values(headers, "From"):
         author = sender or f"MAILER-DAEMON@{domain}"
         name = _printable(flags.get("-F", ""))
         if name:
             author = email.utils.formataddr((name, ""))[:-2] + f"<{author}>"  # it takes ASCII addresses alone
         message = _with_header_lines(message, f"From: {author}")
     queue.add(sender, recipients, message)
-
-
-def _human(number: float, units: Sequence[tuple[int, str]]) -> str:
-    """Return *number* in the largest of *units* that it fills."""
-    size, unit = next((unit for unit in units if number >= unit[0]), units[-1])
-    return f"{number / size:.0f} {unit}"
 
 
 def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, Any]:
@@ -2820,17 +2613,16 @@ def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, A
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(fd, "rb"):
+            head = _read_head(fd)
             if directory == "cur":
                 with contextlib.suppress(BlockingIOError):
                     entry["state"] = "sending"
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    entry["state"] = "due"  # abandoned: a pass of this moment leaves it to the next
-            head = _read_head(fd)
+                    entry["state"] = "due"  # abandoned; a pass of this moment leaves it to the next
         envelope = _parse_envelope(head)
         headers = _headers_of(head[envelope.length :])
-        entry["message_id"] = _message_id_in(headers)
-        entry["subject"] = _decoded("".join(_header_values(headers, b"Subject")[:1]))
         entry.update(sender=envelope.fromaddr, recipients=envelope.toaddrs, error=envelope.error)
+        entry.update(message_id=_message_id(headers), subject=_first_header(headers, "Subject"))
     except FileNotFoundError:
         raise
     except Exception as error:  # no message can stop the listing
@@ -2841,7 +2633,7 @@ def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, A
 def _entries(queue: Maildir, troubles: list[str]) -> Iterator[dict[str, Any]]:
     """Yield what there is to show of each message; *troubles* gets what can't be shown."""
     now = time.time()
-    for directory in _LISTED:
+    for directory in ("cur", "new", "deferred", ".failed/new", ".failed/cur"):
         try:
             names = sorted(queue._names(directory))
         except OSError as error:
@@ -2852,14 +2644,20 @@ def _entries(queue: Maildir, troubles: list[str]) -> Iterator[dict[str, Any]]:
                 yield _entry(queue, directory, name, now)
 
 
+def _human(number: float, units: Sequence[tuple[int, str]]) -> str:
+    """Return *number* in the largest of *units* that it fills."""
+    size, unit = next((unit for unit in units if number >= unit[0]), units[-1])
+    return f"{number / size:.0f} {unit}"
+
+
 def _table(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines that show the queue, for eyes."""
     counts: collections.Counter[str] = collections.Counter()
     oldest = 0.0
     for entry in entries:
-        counts[entry["state"]] += 1
-        oldest = max(oldest, entry["age"])
         state = entry["state"]
+        counts[state] += 1
+        oldest = max(oldest, entry["age"])
         if entry["due"]:
             state += f" for {_human(entry['due'] - time.time(), _TIMES)}"
         yield entry["name"]
@@ -2867,8 +2665,8 @@ def _table(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield f"    <{entry['sender']}> to {', '.join(entry['recipients'])}"
         if entry["error"]:
             yield f"    {entry['error']}"
-    total = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"
-    yield f"messages: {total}; oldest: {_human(oldest, _TIMES)}"
+    total = ", ".join(f"{count} {state}" for state, count in counts.items())
+    yield f"messages: {total or 'none'}; oldest: {_human(oldest, _TIMES)}"
 
 
 def _fit(line: str) -> str:
@@ -2877,7 +2675,7 @@ def _fit(line: str) -> str:
     if sys.stdout and sys.stdout.isatty():
         width = os.get_terminal_size().columns
         if 0 < width < len(line):  # 0: unknown
-            return f"{line[: width - 1]}…"
+            line = line[: width - 1] + "…"
     return line
 
 
@@ -2925,16 +2723,13 @@ def _requeue(queue: Maildir, names: Sequence[str]) -> None:
 
 
 def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
-    """As root, become the queue's owner until *undo*, so that nothing in it ends up root's."""
-    try:
-        status = os.stat(path)
-    except OSError:
+    """As root, become the owner of the queue until *undo*, so that nothing in it ends up root's."""
+    if os.geteuid() != 0 or not os.path.exists(path) or os.stat(path).st_uid == 0:
         return
-    if os.geteuid() != 0 or status.st_uid == 0:
-        return
+    status = os.stat(path)
     undo.callback(os.setgroups, os.getgroups())
     undo.callback(os.setegid, os.getegid())
-    undo.callback(os.seteuid, os.geteuid())
+    undo.callback(os.seteuid, 0)
     try:
         user = pwd.getpwuid(status.st_uid)
         os.initgroups(user.pw_name, user.pw_gid)
@@ -2945,21 +2740,6 @@ def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
     os.seteuid(status.st_uid)
 
 
-def _open_queue(options: Mapping[str, Any], create: bool, undo: contextlib.ExitStack) -> Maildir:
-    path = options.get("maildir") or os.environ.get("SENDMAIL_MAILDIR")
-    if not path:
-        raise _Exit(os.EX_USAGE, "no queue: name it with --maildir or $SENDMAIL_MAILDIR; see --help")
-    _become_owner(path, undo)
-    new = not os.path.lexists(path)
-    try:
-        queue = Maildir(path, create)
-    except (OSError, ValueError) as error:
-        raise _Exit(os.EX_CANTCREAT, f"cannot open the queue: {_reason(error)}") from None
-    if new:
-        _log.warning("made a new queue: %s", queue.path)
-    return queue
-
-
 def _run(argv: Sequence[str], undo: contextlib.ExitStack) -> None:
     arguments = _parse(argv)
     options = arguments.ours
@@ -2967,14 +2747,22 @@ def _run(argv: Sequence[str], undo: contextlib.ExitStack) -> None:
         return _show([_help()])
     if "version" in options:
         return _show([f"sendmail.py {__version__}"])
-    line = "sendmail: %(message)s"
     if "interval" in options and "JOURNAL_STREAM" not in os.environ:
-        line = "%(asctime)s " + line
-    for handler in _log.handlers:
-        handler.setFormatter(logging.Formatter(line))
+        for handler in _log.handlers:
+            handler.setFormatter(logging.Formatter("%(asctime)s sendmail: %(message)s"))
     if "verbose" in options:
         _log.setLevel(logging.INFO)
-    queue = _open_queue(options, arguments.mode in ("pass", "inject"), undo)
+    path = options.get("maildir") or os.environ.get("SENDMAIL_MAILDIR")
+    if not path:
+        raise _Exit(os.EX_USAGE, "no queue: name it with --maildir or $SENDMAIL_MAILDIR; see --help")
+    try:
+        _become_owner(path, undo)
+        new = not os.path.lexists(path)
+        queue = Maildir(path, create=arguments.mode in ("pass", "inject"))
+    except (OSError, ValueError) as error:
+        raise _Exit(os.EX_CANTCREAT, f"cannot open the queue: {_reason(error)}") from None
+    if new:
+        _log.warning("made a new queue: %s", queue.path)
     if arguments.mode == "list":
         _list(queue, "json" in options)
     elif arguments.mode == "requeue":
@@ -2986,10 +2774,13 @@ def _run(argv: Sequence[str], undo: contextlib.ExitStack) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line *argv*, by default that of the process; return its exit status (see --help)."""
+    """Run the command line *argv*, by default that of the process; return its exit status (see --help).
+
+    The process is left as it was found: its signal handlers, its logger and its user.
+    """
     if argv is None:
         argv = sys.argv[1:]
-    status = os.EX_OK
+    status = 0
     with contextlib.ExitStack() as undo:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("sendmail: %(message)s"))
@@ -2998,30 +2789,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         _log.addHandler(handler)
         _log.setLevel(logging.WARNING)
         try:
-            _run(list(argv), undo)
-        except _Exit as error:
-            status = error.status
-            if str(error):
-                _log.error(str(error))
-        except KeyboardInterrupt:
-            status = 130
-        except BrokenPipeError:  # who read our output has seen enough
-            pass
-        except MemoryError:
-            status = os.EX_IOERR
-            _log.error("out of memory: the message is too large for this machine")
-        except OSError as error:
-            status = os.EX_IOERR
-            _log.error(_reason(error))
-        except ValueError as error:
-            status = os.EX_DATAERR
-            _log.error(_reason(error))
-        try:
+            _run(argv, undo)
             if sys.stdout is not None:
                 sys.stdout.flush()
-        except OSError:  # which was told; let the interpreter not try it again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except KeyboardInterrupt:
+            status = 130
+        except BrokenPipeError:  # who reads our output has seen enough
+            _give_up_output()
+        except (_Exit, OSError, ValueError, MemoryError) as error:
+            status = _tell_trouble(error)
     return status
+
+
+def _tell_trouble(error: Exception) -> int:
+    """Log *error* in a line for people; return the exit status."""
+    status = os.EX_DATAERR
+    text = _reason(error)
+    if isinstance(error, _Exit):
+        status, text = error.args
+    elif isinstance(error, OSError):
+        status = os.EX_IOERR
+        _give_up_output()
+    elif isinstance(error, MemoryError):
+        status = os.EX_IOERR
+        text = "out of memory: the message is too large for this machine"
+    if text:
+        _log.error(text)
+    return status
+
+
+def _give_up_output() -> None:
+    """Let the interpreter not try again to write what it could not."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
