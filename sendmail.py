@@ -697,6 +697,7 @@ class _Dialogue(smtplib.SMTP):
         self._broken: OSError | None = None  # why nothing can be written any more
         self._step = "MAIL"  # until that is answered; then 'RCPT'; then 'data': what was sent may have been taken
         self._data_written = False
+        self._chunking = False
         super().__init__(*relay, ehlo_name, timeout, **options)
 
     def getreply(self) -> tuple[int, bytes]:
@@ -714,11 +715,14 @@ class _Dialogue(smtplib.SMTP):
         self.starttls(context=context)
         self._received.clear()
 
-    def transact(self, fromaddr: str, toaddrs: Sequence[str], message: bytes, kept: bool) -> dict[str, Reply]:
+    def transact(
+        self, fromaddr: str, toaddrs: Sequence[str], message: bytes, kept: bool = False, chunking: bool = True
+    ) -> dict[str, Reply]:
         """Do one mail transaction (RFC 5321, 3.3); return a reply for each recipient.
 
         Raise `_Lost` if the connection was *kept* from before, and another one should be tried.
         """
+        self._chunking = chunking and self.has_extn("chunking")
         replies: dict[str, Reply] = {}
         try:
             self._transact(fromaddr, toaddrs, message, replies)
@@ -745,7 +749,7 @@ class _Dialogue(smtplib.SMTP):
         self._expect_silence()
         # of more recipients, the replies could fill the buffers both ways
         pipelining = self.has_extn("pipelining") and len(recipients) <= _GROUP
-        chunking = pipelining and self.has_extn("chunking")
+        chunking = pipelining and self._chunking
         self._data_written = chunking and size <= _CHUNK
         if pipelining:
             together = [mail, *recipients.values()]
@@ -1026,6 +1030,7 @@ class SMTPMailer:
             raise ValueError("a context must verify certificate and host name where TLS is required or a password sent")
         self._context = context
         self._kept = _Kept()
+        self._latest_relay = "%s:%d" % self._relays[0]
         self._ehlo_name: str | None = None  # looked up once, for that may be slow
 
     def __enter__(self) -> SMTPMailer:
@@ -1056,7 +1061,8 @@ class SMTPMailer:
                 replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, kept)
             except _Lost:
                 self._connect()
-                replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, kept=False)
+                # by DATA, for Dovecot's submission hangs up on a chunk whose sender is refused
+                replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, chunking=False)
         return replies
 
     def _is_connected(self) -> bool:
@@ -1075,8 +1081,9 @@ class SMTPMailer:
             except RelayUnavailable as error:
                 troubles.append(str(error))
                 continue
-            if troubles:
-                _log.warning("using relay %s: %s", dialogue.relay, "; ".join(troubles))
+            if dialogue.relay != self._latest_relay:
+                _log.warning("using relay %s: %s", dialogue.relay, "; ".join(troubles) or "it is back")
+            self._latest_relay = dialogue.relay
             self._kept.dialogue = dialogue
             self._kept.pid = os.getpid()
             return
@@ -1223,10 +1230,21 @@ def _backoff(age: float) -> float:
     return min(max(age, _BACKOFF_MIN), _BACKOFF_MAX)
 
 
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Give an `OSError` of the block the name of the file, if it has none: which disk is full?"""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
 def _fsync(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        os.fsync(fd)
+        with _naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -1413,12 +1431,13 @@ class Maildir:
     def _write(self, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "", sync: bool = False) -> str:
         """Write a complete file in tmp/, envelope first; return its name."""
         name = _new_name()
+        path = self._path("tmp", name)
         envelope = f"X-Zope-From: {fromaddr}\nX-Zope-To: {', '.join(toaddrs)}\n"
         if error or message[:17].lower() == b"x-sendmail-error:":  # the message's own would pass for ours
             envelope += f"X-Sendmail-Error: {error}\n"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
-            with open(os.open(self._path("tmp", name), flags, 0o600), "wb") as file:
+            with _naming(path), open(os.open(path, flags, 0o600), "wb") as file:
                 os.fchmod(file.fileno(), self._mode & 0o666 | 0o600)
                 file.writelines((envelope.encode(), message))
                 file.flush()
@@ -1483,16 +1502,17 @@ class Maildir:
         fd = _open_locked(self._path(directory, name))
         if fd is None:
             return None
-        return _Claim(self, directory, name, fd)
+        arrival = name
+        if directory == "deferred":
+            arrival = _DUE.sub("", name)
+        return _Claim(self, directory, name, fd, arrival)
 
     def _claim(self, directory: str, name: str) -> _Claim | None:
         """Move a message from new/ or deferred/ to cur/, locked.  None and `OSError` as in `_lock`."""
         claim = self._lock(directory, name)
         if claim is not None:
-            if directory == "deferred":
-                name = _DUE.sub("", name)
             try:
-                claim.move("cur", name)
+                claim.move("cur", claim.arrival)
             except BaseException:
                 claim.close()
                 raise
@@ -1520,6 +1540,7 @@ class _Claim:
     directory: str
     name: str
     fd: int
+    arrival: str  # its name as it arrived, without a due time
     fromaddr: str = ""
     toaddrs: tuple[str, ...] = ()
     error: str = ""
@@ -1532,7 +1553,7 @@ class _Claim:
         return self.queue._path(self.directory, self.name)
 
     def age(self, now: float) -> float:
-        return _age(self.name, os.fstat(self.fd), now)
+        return _age(self.arrival, os.fstat(self.fd), now)
 
     def read(self) -> None:
         """Learn envelope and message.  Raise `_NoEnvelope`, or `OSError` if the file can't be read whole."""
@@ -2666,7 +2687,10 @@ def _table(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
         if entry["error"]:
             yield f"    {entry['error']}"
     total = ", ".join(f"{count} {state}" for state, count in counts.items())
-    yield f"messages: {total or 'none'}; oldest: {_human(oldest, _TIMES)}"
+    if total:
+        yield f"messages: {total}; oldest: {_human(oldest, _TIMES)}"
+    else:
+        yield "messages: none"
 
 
 def _fit(line: str) -> str:
