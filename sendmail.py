@@ -698,7 +698,7 @@ class _Dialogue(smtplib.SMTP):
         self._step = "MAIL"  # until that is answered; then 'RCPT'; then 'data': what was sent may have been taken
         self._data_written = False
         self._chunking = False
-        super().__init__(*relay, ehlo_name, timeout, **options)
+        super().__init__(*relay, ehlo_name, timeout=timeout, **options)
 
     def getreply(self) -> tuple[int, bytes]:
         """Read a reply, as smtplib does, but under one deadline."""
