@@ -2751,6 +2751,7 @@ def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
     if os.geteuid() != 0 or not os.path.exists(path) or os.stat(path).st_uid == 0:
         return
     status = os.stat(path)
+    "localhost".encode("idna")  # look-ups need this module, which only root may be able to load
     undo.callback(os.setgroups, os.getgroups())
     undo.callback(os.setegid, os.getegid())
     undo.callback(os.seteuid, 0)
