@@ -864,7 +864,9 @@ class _Dialogue(smtplib.SMTP):
                 return
         except OSError as error:
             raise self._lost(error) from error
-        raise self._lost(f"out of step: {_printable(unasked)}")
+        if unasked:
+            raise self._lost(f"out of step: {_printable(unasked)}")
+        raise self._lost("closed by the relay")
 
     def _write(self, data: bytes) -> None:
         """Write *data*, under the timeout.
