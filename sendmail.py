@@ -562,12 +562,17 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
     # Who is not mentioned was sent to, as in smtplib.  So was who gets an unintelligible reply: the message was sent,
     # and must not be sent again for that.
     replies = dict.fromkeys(toaddrs, Reply(250, "2.0.0 Ok"))
-    try:
-        for address, reply in dict(answer or ()).items():
-            replies[address] = _as_reply(reply)
-    except (TypeError, ValueError, AttributeError):
-        _log.error("the mailer returned no mapping of replies, but a %s: taken for sent", type(answer).__name__)
-    return {address: replies[address] for address in toaddrs}
+    intelligible = answer is None
+    if isinstance(answer, Mapping):
+        intelligible = True
+        for address in answer.keys() & replies.keys():
+            try:
+                replies[address] = _as_reply(answer[address])
+            except (TypeError, ValueError, AttributeError):
+                intelligible = False
+    if not intelligible:
+        _log.error("the mailer returned a %s that is no mapping of replies: taken for sent", type(answer).__name__)
+    return replies
 
 
 def _as_reply(reply: Any) -> Reply:
