@@ -950,7 +950,7 @@ def sqlite(tmp_path):
     (450, "4.2.1 mailbox busy", "4.2.1"), (421, "closing", "4.0.0"), (450, "5.1.1 contradicts itself", "4.0.0"),
     (550, "5.1.1 <b@x.org> unknown", "5.1.1"), (554, "5.7.999", "5.7.999"), (550, "no such user", "5.0.0"),
     (550, "4.2.1 contradicts itself", "5.0.0"), (550, "5.1.1.7 is no status", "5.0.0"), (550, "5.1.1-neither", "5.0.0"),
-    (354, "2.0.0 no last word", "4.0.0"),
+    (354, "2.0.0 no last word", "4.0.0"), *((code, "5.7.0 log in", "4.7.0") for code in (530, 534, 535, 538)),
 ])
 def test_the_status_of_a_reply_is_the_enhanced_one_or_else_the_general_one_of_its_code(code, text, status):
     assert Reply(code, text).status == status
@@ -1025,43 +1025,25 @@ def test_a_mailer_that_returns_what_nobody_understands_has_sent_and_once(queue, 
     assert [record.levelname for record in caplog.records if record.levelno >= logging.WARNING] == ["ERROR"]
 
 
-@pytest.mark.parametrize("place", ["__enter__", "send"])
-def test_an_exit_of_a_mailer_that_fails_hides_no_outage(queue: Maildir, events: Any, place: str) -> None:
-    outage = RelayUnavailable("down")
-
-    class Mailer:
-        def __enter__(self) -> None:
-            if place == "__enter__":
-                raise outage
-
-        def __exit__(self, *_exc_info: Any) -> None:
-            raise OSError("QUIT failed")
-
-        def send(self, fromaddr: str, toaddrs: Any, message: bytes) -> Any:
-            raise outage
-
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    assert QueueProcessorThread(queue, Mailer()).process().outage is outage and outage.__cause__ is None
-    with transaction.manager:
-        DirectMailDelivery(Mailer()).send("app@x.org", ["bob@x.org"], MESSAGE)
-    assert [(type(event), event.toaddrs) for event in events] == [(MailErrorEvent, ("bob@x.org",))]
-
-
-@pytest.mark.parametrize("error", [
-    RelayUnavailable("no"), OSError("no route"), smtplib.SMTPServerDisconnected("gone"), ValueError("a bug")])
-def test_a_mailer_that_cannot_be_entered_is_an_outage(queue, events, error):
+@pytest.mark.parametrize(("place", "error"), [("send", RelayUnavailable("down")), *(("__enter__", error) for error in (
+    RelayUnavailable("no"), OSError("no route"), smtplib.SMTPServerDisconnected("gone"), ValueError("a bug")))], ids=brief)
+def test_a_mailer_that_cannot_be_entered_is_an_outage_and_an_exit_that_fails_hides_none(queue, events, place, error):
     class Mailer(Does):
         def __enter__(self):
-            raise self.what
+            if place == "__enter__":
+                raise error
 
         def __exit__(self, *_exc_info):
-            raise AssertionError("left, but never entered")
+            raise OSError("QUIT failed")
 
     queue.add("a@x.org", ["b@x.org"], MESSAGE)
     before = state(queue)
     counts = QueueProcessorThread(queue, Mailer(error)).process()
     assert (counts.sent, counts.deferred, counts.failed, counts.left) == COUNTS["outage"]
-    assert (state(queue), events) == (before, [])
+    assert (state(queue), events, str(counts.outage)) == (before, [], str(error))
+    with transaction.manager:
+        DirectMailDelivery(Mailer(error)).send("app@x.org", ["bob@x.org"], MESSAGE)
+    assert [(type(event), event.toaddrs) for event in events] == [(MailErrorEvent, ("bob@x.org",))]
 
 
 @pytest.mark.parametrize("does", [
@@ -1537,13 +1519,6 @@ def test_what_goes_wrong_before_mail_is_an_outage_after_one_try(queue, events, s
     assert "MAIL" not in verbs(server.connections[0])
 
 
-def test_a_relay_that_is_not_there_is_an_outage():
-    with pytest.raises(RelayUnavailable):
-        SMTPMailer("127.0.0.1", closed_port()).send("a@x.org", ["b@x.org"], MESSAGE)
-    with pytest.raises(RelayUnavailable):
-        SMTPMailer("x" * 64).send("a@x.org", ["b@x.org"], MESSAGE)  # no name server is asked for such a name
-
-
 @pytest.mark.parametrize(("mode", "step", "answer", "status"), [(mode, *row) for mode in MODES for row in [
     ("MAIL", "550 5.7.1 not you", "5.7.1"), ("MAIL", "451 4.3.0 later", "4.3.0"),
     ("RCPT", "450 4.2.1 busy", "4.2.1"), ("RCPT", "550 no", "5.0.0"),
@@ -1557,8 +1532,7 @@ def test_what_goes_wrong_from_mail_on_is_a_reply_to_that_message(scripted, monke
     monkeypatch.setattr(sendmail, "_FINAL_REPLY_TIMEOUT", patience(answer))
     server = scripted(in_mode(mode, **{step: made_up(step, answer)}))
     replies = smtp_send(server, "b@x.org", "c@x.org", message=MODES[mode][1], timeout=patience(answer))
-    assert {address: (reply.code // 100, reply.status) for address, reply in replies.items()} == dict.fromkeys(
-        ["b@x.org", "c@x.org"], (int(status[0]), status))
+    assert {address: reply.status for address, reply in replies.items()} == dict.fromkeys(["b@x.org", "c@x.org"], status)
     assert len(server.connections) == 1
     if step == "end" or mode in ("stepwise", "pipelined"):
         doubt = step == "end" and status == "4.4.2"
@@ -1570,45 +1544,36 @@ def test_a_reply_may_have_a_thousand_lines(scripted):
     assert smtp_send(scripted(answering(*CHUNKING, **answers)))["b@x.org"].code == 250
 
 
-@each_mode
-def test_a_connection_lost_in_the_middle_of_the_data_defers_the_message(scripted, mode):
-    def cut_off(line, connection):
-        if line == "DATA":
-            connection.say("354 go on")
-            connection.line()
-
-    server = scripted(in_mode(mode, **{"end" if mode == "one write" else "go": cut_off}))
-    with server.mailer() as mailer:
-        reply = mailer.send("a@x.org", ["b@x.org"], MODES[mode][1] * 100)["b@x.org"]
-    assert (reply.code // 100, reply.status, len(server.connections)) == (4, "4.4.2", 1)
-
-
-@pytest.mark.parametrize("mode", ["pipelined", "chunks"])
-@pytest.mark.parametrize(("last_words", "status"), [("421 4.3.2 closing", "4.3.2"), ("552 5.3.4 too big", "5.3.4")])
+@pytest.mark.parametrize("mode", ["stepwise", "pipelined", "chunks"])
+@pytest.mark.parametrize(("last_words", "status"), [
+    ("421 4.3.2 closing", "4.3.2"), ("552 5.3.4 too big", "5.3.4"), (None, "4.4.2")])
 def test_what_the_relay_said_before_a_write_failed_is_the_reason(scripted, mode, last_words, status):
     def cut_off(line, connection):
         if line == "DATA":
             connection.say("354 go on")
             connection.line()
-        connection.say(last_words)
+        if last_words:
+            connection.say(last_words)
 
     server = scripted(in_mode(mode, go=cut_off))  # and closes with most of the data unread, which resets the connection
     assert smtp_send(server, message=MESSAGE * 200_000)["b@x.org"].status == status
+    assert len(server.connections) == 1
 
 
 @pytest.mark.parametrize(("offered", "answers"), [
     (["PIPELINING"], {"DATA": "250 2.0.0 Ok"}), (CHUNKING, {"end": "354 go on"}), (CHUNKING, {"BDAT": "354 go on"}),
     *((CHUNKING, {verb: refusal, "nobody": answer}) for verb, refusal in (("MAIL", "550 5.7.1"), ("RCPT", "550 5.1.1"))
       for answer in ("250 2.0.0 Ok", "354 go on")),
+    *((offered, {"RCPT": "550 5.1.1 unknown", "RSET": "502 5.5.1 what?"}) for offered in ((), CHUNKING)),
 ], ids=brief)
 def test_an_answer_that_makes_no_sense_there_is_no_success_and_ends_the_connection(scripted, offered, answers):
     def at_first(verb):
-        return lambda _line, connection: {**USUAL, **(answers if connection.number == 1 else {})}[verb]
+        return lambda _, c: answers[verb] if c.number == 1 else USUAL.get(verb, "250 2.0.0 Ok")
 
     server = scripted(answering(*offered, **{verb: at_first(verb) for verb in answers}))
     with server.mailer() as mailer:
         reply = mailer.send("a@x.org", ["b@x.org"], MESSAGE * (1000 if "BDAT" in answers else 1))["b@x.org"]
-        assert reply.code // 100 == (5 if "nobody" in answers else 4)
+        assert reply.code // 100 == (5 if answers.keys() & {"MAIL", "RCPT"} else 4)
         assert mailer.send("a@x.org", ["b@x.org"], MESSAGE)["b@x.org"].code == 250
     assert [verbs(connection).count("MAIL") for connection in server.connections] == [1, 1]
 
@@ -1673,15 +1638,15 @@ def test_a_kept_connection_that_was_dropped_meanwhile_is_reopened_once_and_silen
     assert len(server.connections) == 3 and caplog.records == []
 
 
-@pytest.mark.parametrize(("step", "how", "code"), [
-    *((step, how, 451) for step in ("MAIL", "RCPT") for how in ("", "what?")), ("MAIL", "550 5.7.1 not you", 550),
-    ("RCPT", "450 4.2.1 busy", 450)], ids=brief)
+@pytest.mark.parametrize(("step", "how", "status"), [
+    *((step, how, "4.4.2") for step in ("MAIL", "RCPT") for how in ("", "what?")),
+    ("MAIL", "550 5.7.1 not you", "5.7.1"), ("RCPT", "450 4.2.1 busy", "4.2.1")], ids=brief)
 @each_mode
-def test_nothing_else_is_said_again(scripted, mode, step, how, code):
+def test_nothing_else_is_said_again(scripted, mode, step, how, status):
     server = scripted(in_mode(mode, **{step: lambda _, c: how if c.messages else USUAL[step]}))
     with server.mailer(timeout=patience(how)) as mailer:
         replies = [mailer.send("a@x.org", ["b@x.org"], MODES[mode][1])["b@x.org"] for _ in range(2)]
-    assert ([reply.code for reply in replies], len(server.connections)) == ([250, code], 1)
+    assert ([reply.status for reply in replies], len(server.connections)) == (["2.0.0", status], 1)
 
 
 def test_a_connection_that_was_dropped_and_cannot_be_had_again_is_an_outage(queue, events, scripted):
@@ -1744,39 +1709,13 @@ def test_a_reply_too_many_is_not_taken_for_that_to_the_next_message(scripted, mo
     assert [len(connection.messages) for connection in server.connections] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("mode", ["stepwise", "one write", "chunks"])
-def test_where_rset_is_refused_the_next_message_has_a_connection_of_its_own(scripted, mode):
-    def mail(_line: str, connection: Any) -> str:
-        return "250 2.1.0 Ok" if verbs(connection).count("MAIL") == 1 else "503 5.5.1 nested"
-
-    server = scripted(in_mode(mode, MAIL=mail, RCPT=bad_recipient, RSET="502 5.5.1 what?"))
-    with server.mailer() as mailer:
-        codes = [mailer.send("a@x.org", [to], MODES[mode][1])[to].code for to in ("bad@x.org", "good@x.org")]
-    assert codes == [550, 250] and len(server.connections) == 2
-
-
+@pytest.mark.parametrize(("answers", "statuses"), [
+    ({"MAIL": lambda _line, connection: connection.say("550 5.7.1 not you")}, ["5.7.1", "5.7.1"]),
+    ({"RCPT": bad_recipient, "end": None}, ["5.1.1", "4.4.2"])], ids=["MAIL", "RCPT"])
 @each_mode
-def test_a_connection_is_not_used_after_a_421_even_if_the_relay_leaves_it_open(scripted, mode):
-    server = scripted(in_mode(mode, RCPT=lambda line, _: "421 4.3.2 go away" if "<c@" in line else "250 Ok"))
-    with server.mailer() as mailer:
-        replies = mailer.send("a@x.org", ["b@x.org", "c@x.org", "d@x.org"], b"1")
-        assert [reply.code for reply in replies.values()] == [421] * 3
-        wait_until(lambda: server.connections[0].lines[-1] == "")
-        assert mailer.send("a@x.org", ["b@x.org"], b"2")["b@x.org"].code == 250
-    assert server.connections[-1].messages == [b"2\r\n"]
-
-
-@each_mode
-def test_recipients_already_refused_keep_their_reply_when_the_connection_is_lost(scripted, mode):
-    server = scripted(in_mode(mode, end=None, RCPT=bad_recipient))
-    replies = smtp_send(server, "b@x.org", "bad@x.org", message=MODES[mode][1])
-    assert {address: reply.status for address, reply in replies.items()} == {"b@x.org": "4.4.2", "bad@x.org": "5.1.1"}
-
-
-@each_mode
-def test_a_refused_sender_fails_for_all_recipients_even_if_the_relay_hangs_up(scripted, mode):
-    replies = smtp_send(scripted(in_mode(mode, MAIL=lambda _, c: c.say("550 5.7.1 not you"))), "b@x.org", "c@x.org")
-    assert [reply.status for reply in replies.values()] == ["5.7.1"] * 2
+def test_what_was_refused_stays_so_if_the_relay_then_hangs_up(scripted, mode, answers, statuses):
+    replies = smtp_send(scripted(in_mode(mode, **answers)), "bad@x.org", "b@x.org", message=MODES[mode][1])
+    assert [reply.status for reply in replies.values()] == statuses
 
 
 def test_replies_that_arrive_byte_by_byte_are_understood(scripted):
@@ -1786,13 +1725,14 @@ def test_replies_that_arrive_byte_by_byte_are_understood(scripted):
                 connection.sock.sendall(bytes([byte]))
 
         connection.say = say
-        answering(*CHUNKING, RCPT=lambda line, c: f"250-Ok\n{bad_recipient(line, c)}".replace("250-", bad_recipient(line, c)[:3] + "-"))(connection)
+        replies = {"RCPT TO:<c@x.org>": "550-5.1.1 no\n550 5.1.1 such user"}
+        answering(*CHUNKING, RCPT=lambda line, _: replies.get(line, "250-Ok\n250 Ok"))(connection)
 
-    replies = smtp_send(scripted(dialogue), "b@x.org", "bad@x.org")
-    assert replies == {"b@x.org": Reply(250, "2.0.0 Ok: queued"), "bad@x.org": Reply(550, "Ok 5.1.1 unknown")}
+    replies = smtp_send(scripted(dialogue), "b@x.org", "c@x.org")
+    assert replies == {"b@x.org": Reply(250, "2.0.0 Ok: queued"), "c@x.org": Reply(550, "5.1.1 no 5.1.1 such user")}
 
 
-@each_mode
+@pytest.mark.parametrize("mode", ["stepwise", "one write"])
 def test_the_final_reply_may_take_ten_minutes_whatever_the_timeout(scripted, mode):
     gone = []
 
@@ -1806,8 +1746,7 @@ def test_the_final_reply_may_take_ten_minutes_whatever_the_timeout(scripted, mod
     assert (gone, sendmail._FINAL_REPLY_TIMEOUT) == ([[]], 600)
 
 
-@pytest.mark.parametrize("mode", ["stepwise", "chunks"])
-def test_each_piece_of_the_data_has_the_whole_timeout(scripted, mode):
+def test_each_piece_of_the_data_has_the_whole_timeout(scripted):
     def slowly(_line, connection):
         connection.say("354 go on")
         tail = b""
@@ -1816,11 +1755,7 @@ def test_each_piece_of_the_data_has_the_whole_timeout(scripted, mode):
             tail = tail[-5:] + connection.file.read1(2**19)
         return "250 2.0.0 Ok"
 
-    def slow_chunk(_line, connection):
-        time.sleep(0.01)
-        return USUAL["BDAT"]
-
-    server = scripted(in_mode(mode, go=slow_chunk if mode == "chunks" else slowly))
+    server = scripted(answering(DATA=slowly))
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**19)
     assert smtp_send(server, message=(b"x" * 70 + b"\n") * 2**18, timeout=1)["b@x.org"].code == 250
 
@@ -1831,7 +1766,7 @@ def test_a_group_of_a_hundred_cannot_deadlock_on_small_buffers(scripted, mode):
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it its least
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     recipients = [f"{i:064}@{'x' * 180}.org" for i in range(100)]
-    assert {reply.code for reply in smtp_send(server, *recipients, message=b"x" * 65000).values()} == {250}
+    assert {reply.code for reply in smtp_send(server, *recipients).values()} == {250}
     assert len(server.connections) == 1
 
 
@@ -1881,7 +1816,7 @@ def test_of_several_relays_the_first_that_is_ready_for_mail_is_taken(queue, scri
     busy = {"greeting": "421 4.3.2 too many connections"}
     usual = scripted(answering(greeting=lambda _line, _connection: busy.get("greeting", USUAL["greeting"])))
     mute = scripted(answering(EHLO="502 5.5.1 what?"))
-    relays = [f"127.0.0.1:{usual.port}", f"127.0.0.1:{closed_port()}", f" 127.0.0.1:{mute.port}", "127.0.0.1"]
+    relays = [f"127.0.0.1:{usual.port}", f"127.0.0.1:{closed_port()}", f" 127.0.0.1:{mute.port}", "x" * 64, "127.0.0.1"]
     mailer = SMTPMailer(",".join(relays), str(relay.port))
     queue.add("a@x.org", ["b@x.org"], MESSAGE)
     assert QueueProcessorThread(queue, mailer).process().sent == 1 and len(relay.received) == 1
@@ -1894,7 +1829,7 @@ def test_of_several_relays_the_first_that_is_ready_for_mail_is_taken(queue, scri
     assert run("--maildir", queue.path, "--hostname", ", ".join(relays), "--port", relay.port)[::2] == (0, "")
     assert len(usual.connections[-1].messages) == 1 and len(relay.received) == 1
     with pytest.raises(RelayUnavailable, match=str(mute.port)):
-        SMTPMailer(",".join(relays[1:3])).send("a@x.org", ["b@x.org"], MESSAGE)
+        SMTPMailer(",".join(relays[1:4])).send("a@x.org", ["b@x.org"], MESSAGE)
 
 
 @pytest.mark.parametrize("port", [465, 8080])
@@ -2105,21 +2040,19 @@ def test_a_message_to_an_unprintable_address_is_kept_whole_in_failed(
     assert [(type(event), event.toaddrs) for event in events] == [(MailErrorEvent, ())]
 
 
-ODD_PASSWORDS = {
-    "wrong": "hunter2-secret", "not ASCII": "hunter2-s\xe9cret", "bytes": lambda: b"hunter2-secret",
-    "no text": lambda: ["hunter2-secret"], "not UTF-8": lambda: b"hunter2-s\xe9cret".decode()}
-
-
 @pytest.mark.parametrize("auth", MECHANISMS)
-@pytest.mark.parametrize("password", ODD_PASSWORDS.values(), ids=ODD_PASSWORDS)
+@pytest.mark.parametrize("password", [
+    "hunter2-secret", "hunter2-s\xe9cret", lambda: b"hunter2-secret", lambda: ["hunter2-secret"],
+    lambda: b"hunter2-s\xe9cret".decode()], ids=["wrong", "not ASCII", "bytes", "no text", "not UTF-8"])
 def test_no_password_is_told_to_anybody(queue, scripted, events, caplog, auth, password):
     caplog.set_level(logging.DEBUG)
-    mailer = scripted(auth_dialogue(auth, "535 5.7.8 wrong")).mailer(username="u", password=password, auth=auth, no_tls=True)
+    server = scripted(auth_dialogue(auth, "535 5.7.8 wrong"))
+    mailer = server.mailer(username="u", password=password, auth=auth, no_tls=True)
     queue.add("app@x.org", ["ann@x.org"], MESSAGE)
     counts = QueueProcessorThread(queue, mailer).process()
     assert isinstance(counts.outage, RelayUnavailable)
-    reason = "".join(traceback.format_exception(counts.outage))
-    told = [caplog.text, str(counts), reason, repr(mailer), str(mailer), repr(events)]
+    told = [caplog.text, str(counts), repr(mailer), str(mailer), repr(events),
+            *traceback.format_exception(counts.outage)]
     assert [text for text in told if re.search(r"hunter2|cret|xe9|\xe9", text)] == []
 
 
