@@ -2054,6 +2054,7 @@ def test_no_password_is_told_to_anybody(queue, scripted, events, caplog, auth, p
     told = [caplog.text, str(counts), repr(mailer), str(mailer), repr(events),
             *traceback.format_exception(counts.outage)]
     assert [text for text in told if re.search(r"hunter2|cret|xe9|\xe9", text)] == []
+    assert ("AUTH" in verbs(server.connections[0])) == (password == "hunter2-secret")  # another is not even tried
 
 
 @pytest.mark.parametrize("secret", [b"hunter2-s\xe9cret", b"\xff\xfehunter2-secret", b"hunter2-s\xc3\xa9cret"], ids=repr)
