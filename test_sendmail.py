@@ -967,6 +967,8 @@ def test_the_text_of_a_reply_is_one_printable_line(text, line):
     ({"b@x.org": Reply(550, "5.1.1 unknown")}, "failed", "5.1.1"),
     (smtplib.SMTPRecipientsRefused({"b@x.org": (450, b"4.2.1 busy")}), "deferred", "4.2.1"),
     (smtplib.SMTPRecipientsRefused({"b@x.org": (550, b"5.1.1 unknown")}), "failed", "5.1.1"),
+    (smtplib.SMTPRecipientsRefused({"b@x.org": "550 what?"}), "deferred", None),
+    (smtplib.SMTPRecipientsRefused(["b@x.org"]), "deferred", None),
     (smtplib.SMTPRecipientsRefused({"b@x.org": (530, b"5.7.0 log in")}), "deferred", "4.7.0"),
     (smtplib.SMTPRecipientsRefused({"b@x.org": (421, b"4.3.2 closing")}), "deferred", "4.3.2"),
     (smtplib.SMTPSenderRefused(451, b"4.3.0 later", "a@x.org"), "deferred", "4.3.0"),
@@ -1008,8 +1010,8 @@ def test_whatever_a_mailer_returns_or_raises_is_one_of_four_outcomes(queue, even
 
 
 @pytest.mark.parametrize("answer", [
-    "queued as 4F1", 0, ["ann@x.org"], object(), {"ann@x.org": "250 ok"}, {"ann@x.org": (250,)}, {"ann@x.org": None},
-    {"ann@x.org": ("250", "ok")}, {"ann@x.org": object(), "bob@x.org": Reply(250, "2.0.0 Ok")}], ids=brief)
+    "queued as 4F1", 1, ["ann@x.org"], object(), {"ann@x.org": "250 ok"}, {"ann@x.org": (250,)}, {"ann@x.org": None},
+    {"ann@x.org": ("what", "ok")}, {"bob@x.org": object(), "ann@x.org": Reply(250, "2.0.0 Ok")}], ids=brief)
 def test_a_mailer_that_returns_what_nobody_understands_has_sent_and_once(queue, events, caplog, answer):
     queue.add("app@x.org", ["ann@x.org", "bob@x.org"], MESSAGE)
     processor = QueueProcessorThread(queue, Does(answer))
@@ -1043,7 +1045,8 @@ def test_a_mailer_that_cannot_be_entered_is_an_outage_and_an_exit_that_fails_hid
 @pytest.mark.parametrize("does", [
     {"b@x.org": Reply(250, "2.0.0 Ok"), "c@x.org": Reply(450, "4.2.1 busy"), "d@x.org": Reply(550, "5.1.1 unknown")},
     {"c@x.org": (450, b"4.2.1 busy"), "d@x.org": (550, b"5.1.1 unknown")},
-], ids=["replies", "as smtplib's sendmail"])
+    {"b@x.org": "unintelligible", "c@x.org": Reply(450, "4.2.1 busy"), "d@x.org": Reply(550, "5.1.1 unknown")},
+], ids=["replies", "as smtplib's sendmail", "one that is none"])
 def test_guarantee_1_every_recipient_has_its_own_fate_and_stands_in_a_file_until_it_is_sent(queue, events, does):
     queue.add("app@x.org", ["b@x.org", "c@x.org", "d@x.org"], MESSAGE)
     assert standing_recipients(queue) == {"new": ["b@x.org", "c@x.org", "d@x.org"]}
@@ -1546,8 +1549,11 @@ def test_what_the_relay_said_before_a_write_failed_is_the_reason(scripted, mode,
         if line == "DATA":
             connection.say("354 go on")
             connection.line()
+        elif verbs(connection).count("BDAT") < 3:
+            return USUAL["BDAT"]
         if last_words:
             connection.say(last_words)
+        return None
 
     server = scripted(in_mode(mode, go=cut_off))  # and closes with most of the data unread, which resets the connection
     assert smtp_send(server, message=MESSAGE * 200_000)["b@x.org"].status == status
@@ -2049,7 +2055,6 @@ def test_no_password_is_told_to_anybody(queue, scripted, events, caplog, auth, p
     told = [caplog.text, str(counts), repr(mailer), str(mailer), repr(events),
             *traceback.format_exception(counts.outage)]
     assert [text for text in told if re.search(r"hunter2|cret|xe9|\xe9", text)] == []
-    assert ("AUTH" in verbs(server.connections[0])) == (password == "hunter2-secret")  # another is not even tried
 
 
 @pytest.mark.parametrize("secret", [b"hunter2-s\xe9cret", b"\xff\xfehunter2-secret", b"hunter2-s\xc3\xa9cret"])
