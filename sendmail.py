@@ -249,7 +249,7 @@ def _new_transaction() -> Iterator[None]:
 _LOCAL_PART = r'(?:"(?:[^"\\]|\\.)*"|[^\s,<>"@]+)'
 _ADDR_SPEC = re.compile(_LOCAL_PART + r'@[^\s,<>"@]+')
 _ADDR_SPECS = re.compile(rf"{_ADDR_SPEC.pattern}(?:, *{_ADDR_SPEC.pattern})*")
-_MAILBOX = re.compile(_LOCAL_PART + r'(?:@[^\s,<>"@]+)?')  # zope.sendmail takes a bare local part, too
+_MAILBOX = re.compile(_ADDR_SPEC.pattern + r'|[^\s,<>"@()]+')  # zope.sendmail takes a bare local part, too
 # What a list of addresses is made of: quoted strings, <addresses>, domain literals, words, punctuation.
 _ADDRESS_TOKEN = re.compile(
     r'"(?:[^"\\]|\\.)*(?:"|\Z)|<(?:"(?:[^"\\]|\\.)*"|[^<>"])*>|\[[^\[\]]*\]|[^",;:<>()\[\]]+|.', re.DOTALL
@@ -477,7 +477,8 @@ _NO_RELAY = (
     smtplib.SMTPConnectError, smtplib.SMTPHeloError, smtplib.SMTPAuthenticationError,
     ConnectionRefusedError, socket.gaierror, socket.herror,
 )  # fmt: skip
-_RELAY = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(\d+))?|([0-9A-Fa-f:.]+)")  # HOST, HOST:PORT, an IPv6 address
+# HOST, HOST:PORT, or an IPv6 address
+_RELAY = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(\d+))?|((?:[0-9A-Fa-f.]*:){2}[0-9A-Fa-f:.]*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -817,8 +818,8 @@ class _Dialogue(smtplib.SMTP):
             raise _Lost(sender, again=True)
         self.carried = True
         self._step = "RCPT"
+        replies.update(dict.fromkeys(recipients, sender))
         for address, command in recipients.items():
-            replies[address] = sender
             if sender.outcome == "sent":
                 replies[address] = self._answer_to(command, written)
             elif written:
@@ -836,7 +837,7 @@ class _Dialogue(smtplib.SMTP):
             last = b" LAST" if sent == size else b""
             self._write(b"BDAT %d%s\r\n%s" % (len(chunk), last, chunk))
         for number in range(chunks):
-            reply = self._answer(final=True)
+            reply = self._answer(final=number == chunks - 1)
             if reply.outcome != "sent" and number < chunks - 1:
                 raise _Lost(reply)  # what the relay makes of the other chunks is nobody's business
         return reply
@@ -870,8 +871,8 @@ class _Dialogue(smtplib.SMTP):
         except OSError as error:
             raise self._lost(error) from error
         if unasked:
-            raise self._lost(f"out of step: {_printable(unasked)}")
-        raise self._lost("closed by the relay")
+            raise self._lost(smtplib.SMTPServerDisconnected(f"out of step: {_printable(unasked)}"))
+        raise self._lost(smtplib.SMTPServerDisconnected("closed by the relay"))
 
     def _write(self, data: bytes) -> None:
         """Write *data*, under the timeout.
@@ -913,12 +914,13 @@ class _Dialogue(smtplib.SMTP):
         return reply
 
     def _lost(self, reason: Any) -> _Lost:
-        """Return what a lost connection means to the message on its way."""
+        """Return what a lost connection means to the message on its way; *reason* is an `OSError`, or what was said."""
         text = f"4.4.2 connection lost: {_reason(reason)}"
         if self._step == "data":
             text += "; the relay may have taken the message"
         before_data = self._step == "MAIL" or (self._step == "RCPT" and not self._data_written)
-        return _Lost(Reply(421, text, self.relay), again=before_data and not isinstance(reason, TimeoutError))
+        disconnected = isinstance(reason, OSError) and not isinstance(reason, TimeoutError)
+        return _Lost(Reply(421, text, self.relay), again=before_data and disconnected)
 
     def _read_reply(self, seconds: float) -> tuple[int, bytes]:
         """Read one reply (RFC 5321, 4.2), all of it within *seconds*.  Raise `OSError` if it does not come."""
@@ -926,8 +928,8 @@ class _Dialogue(smtplib.SMTP):
         texts = []
         for _ in range(_REPLY_LINES):
             line = self._read_line(deadline)
-            if not line[:3].isdigit():
-                return -1, line
+            if not line[:3].isdigit() or line[3:4] not in (b"", b" ", b"-") or len(line) > _REPLY_LINE:
+                return -1, line[:200]
             texts.append(line[4:])
             if line[3:4] != b"-":
                 return int(line[:3]), b"\n".join(texts)
@@ -1135,7 +1137,8 @@ class SMTPMailer:
                 dialogue.start_tls(self._context)
                 reply = dialogue.ehlo()
             except smtplib.SMTPResponseException as error:
-                if self._verified or dialogue.sock is None or error.smtp_code in (-1, 421):  # more than a refusal
+                refused = error.smtp_code // 100 in (4, 5) and error.smtp_code != 421
+                if self._verified or not refused:
                     raise
         if reply[0] != 250:
             raise smtplib.SMTPHeloError(*reply)
@@ -1171,9 +1174,9 @@ class SMTPMailer:
                 raise RelayUnavailable(f"no password: {_reason(error)}") from None
             except Exception as error:  # whose text may show a part of it
                 raise RelayUnavailable(f"no password: {type(error).__name__} where it is read") from None
-        if not f"{self._username}{password}".isascii():
+        if not isinstance(password, str) or not f"{self._username}{password}".isascii():
             raise RelayUnavailable("username and password must be ASCII text")
-        return str(password)
+        return password
 
 
 @dataclasses.dataclass
