@@ -2441,18 +2441,16 @@ def _help() -> str:
 
 def _parse(argv: Sequence[str]) -> _Arguments:
     """Understand *argv*.  Raise `_Exit` if it makes no sense."""
-    rest = list(itertools.takewhile(lambda arg: arg != "--", argv))
-    theirs = {arg: "" for arg in rest if arg.startswith("-q")}  # of which only an attached value is one
-    if len(rest) < len(argv):
-        theirs["--"] = ""
-    rest = [arg for arg in rest if arg not in theirs]
+    runs = [arg for arg in itertools.takewhile(lambda arg: arg != "--", argv) if arg.startswith("-q")]
+    theirs = dict.fromkeys(runs, "")  # of which only an attached value is one
+    rest = [arg for arg in argv if arg not in theirs]
     known = [name + "=" * bool(value) for name, value, *_ in _OPTIONS]
     ours: dict[str, str] = {}
     operands: list[str] = []
     while rest:  # options may stand after operands
         written = [arg.partition("=")[0] for arg in rest]
         try:
-            pairs, rest = getopt.getopt(rest, _SENDMAIL_OPTIONS, known)
+            pairs, after = getopt.getopt(rest, _SENDMAIL_OPTIONS, known)
         except getopt.GetoptError as error:
             raise _Exit(os.EX_USAGE, f"{error}; see --help") from None
         for option, value in pairs:
@@ -2466,10 +2464,14 @@ def _parse(argv: Sequence[str]) -> _Arguments:
                 raise _Exit(os.EX_USAGE, "everybody could see a password here: use --password-file FILE")
             else:
                 raise _Exit(os.EX_USAGE, f"write {option} in full; see --help")
+        before = rest[: len(rest) - len(after)]
+        rest = after
+        if before.count("--") > [value for _, value in pairs].count("--"):
+            theirs["--"] = ""
+            break
         operands += rest[:1]
         del rest[:1]
-    operands += itertools.islice(itertools.dropwhile(lambda arg: arg != "--", argv), 1, None)
-    return _understood(ours, theirs, operands)
+    return _understood(ours, theirs, operands + rest)
 
 
 def _understood(ours: Mapping[str, str], theirs: dict[str, str], operands: list[str]) -> _Arguments:
