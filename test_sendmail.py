@@ -5746,7 +5746,8 @@ def alone(tmp_path: pathlib.Path) -> Callable[..., Any]:
 
     def call(*arguments: Any, code: str = "", stdin: bytes = b"") -> Any:
         command = python_command(code, module=copy, options=isolated) if code else [sys.executable, *isolated, copy]
-        return subprocess.run([*command, *map(str, arguments)], input=stdin, capture_output=True, timeout=60, cwd="/", env={})
+        command += map(str, arguments)
+        return subprocess.run(command, input=stdin, capture_output=True, timeout=60, cwd="/", env={})
 
     return call
 
