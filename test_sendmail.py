@@ -4861,7 +4861,8 @@ def test_headers_of_repoze_sendmail_are_an_ordinary_part_of_a_message_of_ours(qu
 def test_pydoc_is_short_and_shows_the_public_names_alone():
     command = [sys.executable, "-m", "pydoc", "sendmail"]
     shown = subprocess.run(command, cwd=MODULE.parent, capture_output=True, text=True, check=True, timeout=60).stdout
-    names = re.findall(r"^    (?:class (\w+)|(\w+)(?:\(.*\) ->| = )).*", shown.partition("\nCLASSES\n")[2], re.MULTILINE)
+    contents = shown.partition("\nCLASSES\n")[2]
+    names = re.findall(r"^    (?:class (\w+)|(\w+)(?:\(.*\) ->| = )).*", contents, re.MULTILINE)
     assert {name for name in map("".join, names) if not name.startswith("__")} == set(sendmail.__all__)
     assert len(shown.splitlines()) < 500
 
@@ -5045,12 +5046,11 @@ def limited(*limits: tuple[int, int]) -> Callable[[], None]:
     return lambda: [resource.setrlimit(name, (value, value)) for name, value in limits] and None
 
 
-@pytest.mark.parametrize("text", [
-    "<", ",", '"', "(", "[", "@", "\\", " ", "a,", "a@", "a <", "a:;", "a b ", '"a" ', "(a) ", "<a@x.org> ", "a@x,\n "])
+@pytest.mark.parametrize("text", ["<", ",", '"', "(", "[", "\\", "a,", "a <", "(a) ", "a@x.org,\n "])
 def test_a_hostile_header_costs_a_bounded_time_and_is_refused_in_one_line_or_taken(queue, text):
-    message = f"To: {text * (8_000_000 // len(text))}\n\n".encode()
+    message = f"To: group:{text * (1_000_000 // len(text))};\n\n".encode()
     done = command_line("--maildir", queue.path, "--domain", "x.org", "-t", stdin=message,
-                        preexec_fn=limited((resource.RLIMIT_CPU, 20), (resource.RLIMIT_AS, 2**30)))  # fmt: skip
+                        preexec_fn=limited((resource.RLIMIT_CPU, 10)))  # fmt: skip
     assert (done.returncode, len(done.stderr.splitlines())) in [(0, 0), (65, 1)]
     assert len(done.stderr) < 2000 and bool(state(queue)) == (done.returncode == 0)
 
@@ -5427,11 +5427,12 @@ def test_main_leaves_the_process_as_it_found_it(run, queue, relay, monkeypatch):
     def process():
         log = logging.getLogger("sendmail")
         signals = [signal.getsignal(number) for number in range(1, signal.NSIG)]
-        logs = log.level, [*log.handlers], log.propagate
+        logs = log.level, [(handler, handler.formatter) for handler in log.handlers], log.propagate
         return signals, logs, dict(os.environ), [*sendmail._handlers], os.getresuid()
 
     monkeypatch.setenv("POSIXLY_CORRECT", "1")
     monkeypatch.setattr(logging.getLogger("sendmail"), "level", 37)
+    monkeypatch.setattr(logging.getLogger("sendmail"), "handlers", [logging.NullHandler()])
     sendmail.subscribe(lambda event: os.kill(os.getpid(), signal.SIGTERM) if event.toaddrs == (BOB,) else None)
     before = process()
     for arguments, status in (
@@ -5662,7 +5663,7 @@ def test_interrupted_injection_queues_nothing_and_shows_no_traceback(background,
         process.stdin.close()
 
 
-@pytest.mark.parametrize("journal", [False, True])
+@pytest.mark.parametrize("journal", ["", "another's", "ours"])
 def test_daemon_outlives_an_outage_and_says_when_it_began_and_ended(background, tmp_path, journal):
     reserved = socket.create_server(("127.0.0.1", 0))  # a port where nobody answers in SMTP
     reserved.settimeout(20)
@@ -5670,7 +5671,8 @@ def test_daemon_outlives_an_outage_and_says_when_it_began_and_ended(background, 
     queue = types.SimpleNamespace(path=str(tmp_path / "queue"))
     with open(tmp_path / "stderr", "w+b") as stderr:
         file = os.fstat(stderr.fileno())
-        environment = {**os.environ, **({"JOURNAL_STREAM": f"{file.st_dev}:{file.st_ino}"} if journal else {})}
+        streams = {"another's": "8:1", "ours": f"{file.st_dev}:{file.st_ino}"}
+        environment = {**os.environ, "JOURNAL_STREAM": streams.get(journal, "")}
         daemon = background(*processor_command(queue, here, "--interval", "0.05"), stderr=stderr, env=environment)
         wait_until(lambda: (tmp_path / "stderr").read_bytes().endswith(b"\n"))
         Maildir(queue.path).add(SENDER, ANN, MESSAGE)
@@ -5687,7 +5689,7 @@ def test_daemon_outlives_an_outage_and_says_when_it_began_and_ended(background, 
         daemon.terminate()
         assert daemon.wait(20) == 0
     made, *outage, back = (tmp_path / "stderr").read_text().splitlines()
-    pattern = ("" if journal else AT) + "sendmail: "
+    pattern = ("" if journal == "ours" else AT) + "sendmail: "
     assert all(re.match(pattern, line) for line in (made, *outage, back))
     assert queue.path in made
     assert ["unavailable" in line for line in outage] == [True, True]
