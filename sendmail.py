@@ -399,6 +399,8 @@ def _check(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> _D
         sender = _address(fromaddr)
     if isinstance(toaddrs, str):
         toaddrs = [toaddrs]
+    if not isinstance(toaddrs, Iterable):
+        raise TypeError(f"toaddrs must be addresses, not {toaddrs!r}")
     recipients = tuple(dict.fromkeys(map(_address, toaddrs)))
     if not recipients:
         raise ValueError("no recipients")
@@ -972,8 +974,10 @@ def _number(name: str, value: Any, kind: Any = (int, float)) -> Any:
 
 def _parse_relays(hostname: str, default_port: int | str) -> list[tuple[str, int]]:
     """Return host and port of each relay in *hostname*.  Raise `ValueError`."""
+    if not isinstance(hostname, str):
+        raise TypeError(f"hostname must be a string, not {hostname!r}")
     relays = []
-    for text in str(hostname).split(","):
+    for text in hostname.split(","):
         found = _RELAY.fullmatch(text.strip())
         if not found:
             raise ValueError(f"hostname must be HOST or HOST:PORT, or several with commas between, not {hostname!r}")
@@ -1025,6 +1029,8 @@ class SMTPMailer:
             raise ValueError("no_tls contradicts force_tls and implicit_tls")
         if (username is None) != (password is None):
             raise ValueError("username and password go together: one is missing")
+        if password is not None and not isinstance(password, str) and not callable(password):
+            raise TypeError(f"password must be a string or a callable, not {type(password).__name__}")
         self._username = username
         self._password = password
         self._implicit_tls = implicit_tls
@@ -1849,12 +1855,12 @@ class _Courier:
 # ----------------------------------------------------------------------------------------------- deliveries
 
 
-def _as_queue(queue: _Queue) -> Maildir:
+def _as_queue(queue: _Queue, name: str = "queue") -> Maildir:
     """Return *queue*, which may be its path.  Raise `TypeError` if it is neither, and what `Maildir` raises."""
     if isinstance(queue, Maildir):
         return queue
     if not isinstance(queue, (str, os.PathLike)):
-        raise TypeError(f"queue must be a Maildir or its path, not {queue!r}")
+        raise TypeError(f"{name} must be a Maildir or its path, not {queue!r}")
     return Maildir(queue)
 
 
@@ -2099,7 +2105,7 @@ class DirectMailDelivery(_Delivery):
     def __init__(self, mailer: Mailer, transaction_manager: Any = None, *, fallback: _Queue | None = None) -> None:
         outbox: _Memory | _Spool = _Memory(_as_mailer(mailer))
         if fallback is not None:
-            outbox = _Spool(_as_queue(fallback), mailer)
+            outbox = _Spool(_as_queue(fallback, "fallback"), mailer)
         super().__init__(outbox, transaction_manager)
 
 
@@ -2151,7 +2157,7 @@ class QueueProcessorThread(threading.Thread):
         self._finished: collections.deque[float] = collections.deque()  # when, of the latest *batch* messages
         self._retries: collections.deque[str] = collections.deque()  # what is due in deferred/, in order
         self._waiting = 0  # messages in deferred/, when it was last looked at, and by what was done here since
-        self._left_alone: set[str] = set()  # what can't be claimed or settled: until the next look at deferred/
+        self._left_alone: dict[str, float] = {}  # what can't be claimed or settled, and until when
         self._next_look = 0.0
         self._next_cleaning = 0.0
         self._outage_began = 0.0  # 0: there is none
@@ -2312,23 +2318,25 @@ class QueueProcessorThread(threading.Thread):
         now = self._clock()
         if not now < self._next_cleaning <= now + 3600:
             self._next_cleaning = now + 3600
+            self._left_alone.clear()
             self._queue._clean(now)
 
     def _take_up_dead_claims(self) -> None:
         """Release what stands in cur/ and was abandoned by a process that died."""
         for name in list(self._queue._names("cur")):
-            if name not in self._left_alone:
-                try:
-                    abandoned = self._queue._lock("cur", name)
-                    if abandoned is not None:
-                        with contextlib.closing(abandoned):
-                            abandoned.release()
-                except OSError as error:
-                    self._leave_alone("cur", name, error)
+            if self._is_left_alone(name):
+                continue
+            try:
+                abandoned = self._queue._lock("cur", name)
+                if abandoned is not None:
+                    with contextlib.closing(abandoned):
+                        abandoned.release()
+            except OSError as error:
+                self._leave_alone("cur", name, error)
 
     def _fresh(self) -> list[str]:
         """Return what stands in new/, in order of arrival."""
-        return sorted(name for name in self._queue._names("new") if name not in self._left_alone)
+        return sorted(name for name in self._queue._names("new") if not self._is_left_alone(name))
 
     def _look_at_deferred(self) -> None:
         """Learn what is due in deferred/: once a minute, or when the first message known to be in it falls due."""
@@ -2345,15 +2353,19 @@ class QueueProcessorThread(threading.Thread):
             # as text first, which is quick: there may be a million
             if this_second < name[:10] <= latest and _due_time(name, now):
                 first = min(first, name[:10])
-            elif name not in self._left_alone:
+            elif not self._is_left_alone(name):
                 due.append(name)
         self._retries.extend(sorted(due))
         self._next_look = float(first)
-        self._left_alone.clear()
+
+    def _is_left_alone(self, name: str) -> bool:
+        now = self._clock()
+        return now < self._left_alone.get(name, 0.0) <= now + _LOOK_INTERVAL
 
     def _leave_alone(self, directory: str, name: str, error: Exception) -> None:
-        """Leave alone for a minute, at most, what can't be claimed or settled."""
-        self._left_alone.update((name, _DUE.sub("", name)))
+        """Leave alone for a minute what can't be claimed or settled, under both names that it may have."""
+        until = self._clock() + _LOOK_INTERVAL
+        self._left_alone.update({name: until, _DUE.sub("", name): until})
         _log.error("leaving alone %s/%s for now: %s", directory, _printable(name), _reason(error))
 
 
@@ -2389,12 +2401,12 @@ _OPTIONS: tuple[tuple[str, str, Sequence[str], str], ...] = (
     ("version", "", _ALL, "show the version"),
 )  # fmt: skip
 _USAGE = """\
-usage: python -m sendmail --maildir DIR [option ...]         send what is due, once
-       python -m sendmail --maildir DIR --interval SECONDS   keep doing so
-       python -m sendmail --maildir DIR -t < message         queue a message, or
+usage: python -m sendmail --maildir DIR [option ...]        send what is due
+       python -m sendmail --maildir DIR --interval SECONDS  keep doing so
+       python -m sendmail --maildir DIR -t < message        queue a message, or
        python -m sendmail --maildir DIR [-f SENDER] RECIPIENT ...  for these
-       python -m sendmail --maildir DIR --list [--json]      show the queue
-       python -m sendmail --maildir DIR --requeue [NAME ...] make messages due again
+       python -m sendmail --maildir DIR --list [--json]     show the queue
+       python -m sendmail --maildir DIR --requeue [NAME ...]      try again
 
 %s
 
@@ -2609,6 +2621,8 @@ def _inject(queue: Maildir, arguments: _Arguments) -> None:
     domain = arguments.ours.get("domain") or socket.gethostname()
     recipients = []
     for operand in arguments.operands:
+        if re.search(r"[\0-\x1f]", operand):
+            raise ValueError(f"not an address: {_printable(operand)!r}")
         recipients += _completed(operand, domain) or [operand]
     if not recipients and "-t" not in flags:
         raise _Exit(os.EX_USAGE, "no recipients: name them, or use -t; see --help")
@@ -2762,8 +2776,11 @@ def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
     """As root, become the owner of the queue until *undo*, so that nothing in it ends up root's."""
     if os.geteuid() != 0 or not os.path.exists(path) or os.stat(path).st_uid == 0:
         return
+    # what is imported only when it is needed may be out of the reach of that user
+    import concurrent.futures.thread  # noqa: F401
+    import encodings.idna  # noqa: F401
+
     status = os.stat(path)
-    "localhost".encode("idna")  # look-ups need this module, which only root may be able to load
     undo.callback(os.setgroups, os.getgroups())
     undo.callback(os.setegid, os.getegid())
     undo.callback(os.seteuid, 0)
@@ -2777,7 +2794,7 @@ def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
     os.seteuid(status.st_uid)
 
 
-def _run(argv: Sequence[str], undo: contextlib.ExitStack) -> None:
+def _run(argv: Sequence[str], handler: logging.Handler, undo: contextlib.ExitStack) -> None:
     arguments = _parse(argv)
     options = arguments.ours
     if "help" in options:
@@ -2785,8 +2802,7 @@ def _run(argv: Sequence[str], undo: contextlib.ExitStack) -> None:
     if "version" in options:
         return _show([f"sendmail.py {__version__}"])
     if "interval" in options and "JOURNAL_STREAM" not in os.environ:
-        for handler in _log.handlers:
-            handler.setFormatter(logging.Formatter("%(asctime)s sendmail: %(message)s"))
+        handler.setFormatter(logging.Formatter("%(asctime)s sendmail: %(message)s"))
     if "verbose" in options:
         _log.setLevel(logging.INFO)
     path = options.get("maildir") or os.environ.get("SENDMAIL_MAILDIR")
@@ -2826,15 +2842,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _log.addHandler(handler)
         _log.setLevel(logging.WARNING)
         try:
-            _run(argv, undo)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            _run(argv, handler, undo)
         except KeyboardInterrupt:
             status = 130
         except BrokenPipeError:  # who reads our output has seen enough
-            _give_up_output()
+            pass
         except (_Exit, OSError, ValueError, MemoryError) as error:
             status = _tell_trouble(error)
+    _give_up_output()
     return status
 
 
@@ -2846,7 +2861,6 @@ def _tell_trouble(error: Exception) -> int:
         status, text = error.args
     elif isinstance(error, OSError):
         status = os.EX_IOERR
-        _give_up_output()
     elif isinstance(error, MemoryError):
         status = os.EX_IOERR
         text = "out of memory: the message is too large for this machine"
