@@ -2801,7 +2801,7 @@ def _run(argv: Sequence[str], handler: logging.Handler, undo: contextlib.ExitSta
         return _show([_help()])
     if "version" in options:
         return _show([f"sendmail.py {__version__}"])
-    if "interval" in options and "JOURNAL_STREAM" not in os.environ:
+    if "interval" in options and not os.environ.get("JOURNAL_STREAM"):
         handler.setFormatter(logging.Formatter("%(asctime)s sendmail: %(message)s"))
     if "verbose" in options:
         _log.setLevel(logging.INFO)
