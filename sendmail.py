@@ -1207,6 +1207,7 @@ class StreamMailer:
 
 _ESSENTIAL = {"tmp", "new", "cur"}
 _FAILED = (".failed", ".failed/tmp", ".failed/cur", ".failed/new")
+_ALL_DIRECTORIES = ("tmp", "new", "cur", "deferred", *_FAILED)
 _ARRIVAL = re.compile(r"(\d+)(?:\.M(\d{6})P)?")  # of a name: the seconds and, if it is ours, the microseconds
 _DUE = re.compile(r"(\d{10})\.(?!M\d+P)")  # what comes before the name in deferred/, but not a name itself
 _OLDEST = 1577836800  # 2020: before it there was no such queue, so a time that is older tells that a clock was wrong
@@ -1380,7 +1381,7 @@ class Maildir:
         missing = _ESSENTIAL - present
         if missing and (present - _ESSENTIAL or not create):
             raise ValueError(f"{self.path} is not a Maildir; left as it is")
-        self._refuse_links()
+        self._refuse_links(*_ALL_DIRECTORIES)
         model = self._path("new")
         if "new" in missing:
             model = self.path
@@ -1415,9 +1416,9 @@ class Maildir:
         finally:
             os.close(fd)
 
-    def _refuse_links(self) -> None:
-        """Raise `OSError` if a directory of the queue is a link: it would lead us to somebody's other files."""
-        for directory in ("tmp", "new", "cur", "deferred", *_FAILED):
+    def _refuse_links(self, *directories: str) -> None:
+        """Raise `OSError` if one of *directories* is a link: it would lead us to somebody's other files."""
+        for directory in directories:
             if os.path.islink(self._path(directory)):
                 raise OSError(f"{self._path(directory)} is a link: nothing is done in this queue")
 
@@ -1446,6 +1447,7 @@ class Maildir:
 
     def _write(self, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "", sync: bool = False) -> str:
         """Write a complete file in tmp/, envelope first; return its name."""
+        self._refuse_links("tmp", "new")
         name = _new_name()
         path = self._path("tmp", name)
         envelope = f"X-Zope-From: {fromaddr}\nX-Zope-To: {', '.join(toaddrs)}\n"
@@ -1755,20 +1757,23 @@ class _Courier:
         claim = self.queue._claim(directory, name)
         if claim is None:
             return
-        with contextlib.closing(claim):
-            outcomes = self._deliver(claim)
-        self.counts.messages += 1
-        self.counts.sent += "sent" in outcomes
-        self.counts.deferred += "deferred" in outcomes
-        self.counts.failed += "failed" in outcomes
+        outcomes: set[str] = set()  # what befell the recipients: 'sent', 'deferred', 'failed'
+        try:
+            with contextlib.closing(claim):
+                self._deliver(claim, outcomes)
+        finally:
+            self.counts.messages += bool(outcomes)
+            self.counts.sent += "sent" in outcomes
+            self.counts.deferred += "deferred" in outcomes
+            self.counts.failed += "failed" in outcomes
         if self.losses >= _LOSSES_MAX:
             raise RelayUnavailable(f"{self.losses} messages in a row were lost by the relay; see --list")
 
-    def _deliver(self, claim: _Claim) -> set[str]:
-        """Return what befell the recipients: 'sent', 'deferred', 'failed'."""
+    def _deliver(self, claim: _Claim, outcomes: set[str]) -> None:
+        """Send a claimed message, and settle it.  Raise as `deliver` does."""
         try:
             claim.read()
-            return self._attempt(claim)
+            self._attempt(claim, outcomes)
         except RelayUnavailable:
             claim.release()
             raise
@@ -1776,15 +1781,14 @@ class _Courier:
             claim.give_up()
             _log.error("%s: %s", _printable(claim.path), error)
             self.tell(MailErrorEvent("", "", (), str(error), "5.6.0"))
-            return {"failed"}
+            outcomes.add("failed")
         except Exception as error:
             _log.error("%s: %s", _printable(claim.path), _reason(error))
             self._defer(claim, dict.fromkeys(claim.toaddrs, Reply(451, f"4.3.0 {_reason(error)}")))
-            return {"deferred"}
+            outcomes.add("deferred")
 
-    def _attempt(self, claim: _Claim) -> set[str]:
-        """Send to one group of recipients after the other, and settle the message; return as `_deliver` does."""
-        outcomes = set()
+    def _attempt(self, claim: _Claim, outcomes: set[str]) -> None:
+        """Send to one group of recipients after the other, and settle the message by their replies."""
         failed: dict[str, Reply] = {}
         deferred: dict[str, Reply] = {}
         lost = True
@@ -1799,7 +1803,7 @@ class _Courier:
                 in_place = group is not groups[-1] and len(claim.message) > _LARGE
                 self._settle_sent(claim, sent, _error_line(others), in_place)
                 if claim.held:
-                    return outcomes
+                    return
             for address, reply in others.items():
                 if self.soft_bounce and reply.outcome == "failed":
                     reply = reply._softened()
@@ -1815,7 +1819,6 @@ class _Courier:
             outcomes.add("deferred")
             claim.note(deferred, _error_line(deferred))
             self._defer(claim, deferred)
-        return outcomes
 
     def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, in_place: bool) -> None:
         """Note that the relay has taken the message for some: here the window for a duplicate closes."""
@@ -2255,7 +2258,7 @@ class QueueProcessorThread(threading.Thread):
     def _pass(self, budget: float, woken: bool = False) -> _Counts:
         """Take up dead claims; connect, if anything is due; send at most *budget* messages."""
         queue = self._queue
-        queue._refuse_links()
+        queue._refuse_links(*_ALL_DIRECTORIES)
         self._clean()
         courier = _Courier(queue, self._mailer, notify, self._clock, self._max_age, self._soft_bounce)
         counts = courier.counts
