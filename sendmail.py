@@ -252,8 +252,10 @@ _ADDR_SPECS = re.compile(rf"{_ADDR_SPEC.pattern}(?:, *{_ADDR_SPEC.pattern})*")
 _MAILBOX = re.compile(_ADDR_SPEC.pattern + r'|[^\s,<>"@()]+')  # zope.sendmail takes a bare local part, too
 # What a list of addresses is made of: quoted strings, <addresses>, domain literals, words, punctuation.
 _ADDRESS_TOKEN = re.compile(
-    r'"(?:[^"\\]|\\.)*(?:"|\Z)|<(?:"(?:[^"\\]|\\.)*"|[^<>"])*>|\[[^\[\]]*\]|[^",;:<>()\[\]]+|.', re.DOTALL
+    r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|<(?:"(?:[^"\\]|\\.)*"|[^<>"])*>|\[[^\[\]]*\]|[^",;:<>()\[\]]+|.', re.DOTALL
 )
+_WORD = r"=\?[^?\s]+\?[bBqQ]\?[^?\s]*\?="
+_ENCODED_WORD = re.compile(rf"({_WORD})(?:\s+(?={_WORD}))?")  # RFC 2047; the space between two of them is no part
 _ENHANCED_STATUS = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?!\S)")  # RFC 2034, RFC 3463
 _FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")  # RFC 5322, 2.2
 _FIELD_REST = rb"[ \t]*:([^\r\n]*(?:(?:\r\n|\r|\n)[ \t][^\r\n]*)*)"  # with the lines that are folded into it
@@ -345,9 +347,14 @@ def _header_values(headers: bytes, name: str) -> list[str]:
 def _first_header(headers: bytes, name: str) -> str:
     """Return the value of the first header called *name*, encoded words (RFC 2047) decoded; '' if there is none."""
     value = "".join(_header_values(headers, name)[:1])
-    with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
-        value = str(email.header.make_header(email.header.decode_header(value)))
-    return value
+    return _ENCODED_WORD.sub(_decoded_word, value)  # one by one: `email` takes the square of their number
+
+
+def _decoded_word(found: re.Match[str]) -> str:
+    try:
+        return str(email.header.make_header(email.header.decode_header(found[1])))
+    except (ValueError, LookupError, email.errors.MessageError):
+        return found[0]
 
 
 def _message_id(headers: bytes) -> str:
@@ -1395,6 +1402,7 @@ class Maildir:
     def add(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Queue a message durably, without a transaction; return its id.  Arguments and errors: see `send()`."""
         draft = _check(fromaddr, toaddrs, message)
+        self._refuse_links("tmp", "new")
         self._store("new", draft.fromaddr, draft.toaddrs, draft.content)
         self._wake()
         return draft.message_id
@@ -1447,7 +1455,6 @@ class Maildir:
 
     def _write(self, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "", sync: bool = False) -> str:
         """Write a complete file in tmp/, envelope first; return its name."""
-        self._refuse_links("tmp", "new")
         name = _new_name()
         path = self._path("tmp", name)
         envelope = f"X-Zope-From: {fromaddr}\nX-Zope-To: {', '.join(toaddrs)}\n"
@@ -1930,6 +1937,7 @@ class _Spool:
         self.mailer = mailer
 
     def put(self, draft: _Draft) -> None:
+        self.queue._refuse_links("tmp", "new")
         draft.name = self.queue._write(draft.fromaddr, draft.toaddrs, draft.content)
         draft.content = b""
 
@@ -2262,8 +2270,9 @@ class QueueProcessorThread(threading.Thread):
         self._clean()
         courier = _Courier(queue, self._mailer, notify, self._clock, self._max_age, self._soft_bounce)
         counts = courier.counts
-        self._take_up_dead_claims()
+        counts.left = self._take_up_dead_claims()
         fresh = self._fresh()
+        counts.left += len(fresh)
         if not fresh:
             self._look_at_deferred()
         if (fresh or self._retries) and budget >= 1 and not self._stopping:
@@ -2275,7 +2284,8 @@ class QueueProcessorThread(threading.Thread):
             except RelayUnavailable as error:
                 counts.outage = error
             self._look_at_deferred()  # if that was not done yet
-        counts.left = self._waiting + sum(1 for directory in ("new", "cur") for _ in queue._names(directory))
+            counts.left = sum(1 for directory in ("new", "cur") for _ in queue._names(directory))
+        counts.left += self._waiting
         if counts.outage is not None:
             _log.warning("relay unavailable, %d left in the queue: %s", counts.left, _reason(counts.outage))
         return counts
@@ -2324,9 +2334,11 @@ class QueueProcessorThread(threading.Thread):
             self._left_alone.clear()
             self._queue._clean(now)
 
-    def _take_up_dead_claims(self) -> None:
-        """Release what stands in cur/ and was abandoned by a process that died."""
-        for name in list(self._queue._names("cur")):
+    def _take_up_dead_claims(self) -> int:
+        """Release what stands in cur/ and was abandoned by a process that died; return how many were not."""
+        names = list(self._queue._names("cur"))
+        released = 0
+        for name in names:
             if self._is_left_alone(name):
                 continue
             try:
@@ -2334,8 +2346,10 @@ class QueueProcessorThread(threading.Thread):
                 if abandoned is not None:
                     with contextlib.closing(abandoned):
                         abandoned.release()
+                    released += 1
             except OSError as error:
                 self._leave_alone("cur", name, error)
+        return len(names) - released
 
     def _fresh(self) -> list[str]:
         """Return what stands in new/, in order of arrival."""
