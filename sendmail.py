@@ -1229,8 +1229,8 @@ def _new_name() -> str:
     return f"{seconds}.M{micros:06}P{os.getpid()}Q{unique}.{host}"
 
 
-def _age(name: str, status: os.stat_result, now: float) -> float:
-    """Return the seconds since a message arrived: by its name or, where that tells nothing, by its file."""
+def _arrival(name: str, status: os.stat_result) -> float:
+    """Return the Unix time at which a message arrived: by its name or, where that tells nothing, by its file."""
     found = _ARRIVAL.match(name)
     arrival = 0.0
     if found:
@@ -1238,7 +1238,7 @@ def _age(name: str, status: os.stat_result, now: float) -> float:
     for other in (status.st_mtime, status.st_ctime):
         if arrival < _OLDEST:
             arrival = other
-    return now - arrival
+    return arrival
 
 
 def _due_time(name: str, now: float) -> float:
@@ -1527,17 +1527,17 @@ class Maildir:
         fd = _open_locked(self._path(directory, name))
         if fd is None:
             return None
-        arrival = name
+        first_name = name
         if directory == "deferred":
-            arrival = _DUE.sub("", name)
-        return _Claim(self, directory, name, fd, arrival)
+            first_name = _DUE.sub("", name)
+        return _Claim(self, directory, name, fd, first_name)
 
     def _claim(self, directory: str, name: str) -> _Claim | None:
         """Move a message from new/ or deferred/ to cur/, locked.  None and `OSError` as in `_lock`."""
         claim = self._lock(directory, name)
         if claim is not None:
             try:
-                claim.move("cur", claim.arrival)
+                claim.move("cur", claim.first_name)
             except BaseException:
                 claim.close()
                 raise
@@ -1565,7 +1565,8 @@ class _Claim:
     directory: str
     name: str
     fd: int
-    arrival: str  # its name as it arrived, without a due time
+    first_name: str  # without a due time
+    arrival: float = 0.0  # Unix time
     fromaddr: str = ""
     toaddrs: tuple[str, ...] = ()
     error: str = ""
@@ -1577,12 +1578,11 @@ class _Claim:
     def path(self) -> str:
         return self.queue._path(self.directory, self.name)
 
-    def age(self, now: float) -> float:
-        return _age(self.arrival, os.fstat(self.fd), now)
-
     def read(self) -> None:
         """Learn envelope and message.  Raise `_NoEnvelope`, or `OSError` if the file can't be read whole."""
-        size = os.fstat(self.fd).st_size
+        status = os.fstat(self.fd)
+        self.arrival = _arrival(self.first_name, status)
+        size = status.st_size
         head = _read_head(self.fd)
         self.fromaddr, self.toaddrs, self.error, start = _parse_envelope(head)
         self.message = head[start:]
@@ -1814,7 +1814,7 @@ class _Courier:
             for address, reply in others.items():
                 if self.soft_bounce and reply.outcome == "failed":
                     reply = reply._softened()
-                if reply.outcome == "failed" or claim.age(self.clock()) > self.max_age:
+                if reply.outcome == "failed" or self.clock() - claim.arrival > self.max_age:
                     failed[address] = reply
                 else:
                     deferred[address] = reply
@@ -1854,12 +1854,12 @@ class _Courier:
 
     def _defer(self, claim: _Claim, replies: Mapping[str, Reply]) -> None:
         now = self.clock()
-        due = int(now + _backoff(claim.age(now)))
+        due = int(now + _backoff(now - claim.arrival))
         claim.defer(due)
         self._report(claim, "deferred", replies, due)
 
     def _report(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0) -> None:
-        _report(self.tell, outcome, claim, replies, self.mailer, claim.age(self.clock()), due)
+        _report(self.tell, outcome, claim, replies, self.mailer, self.clock() - claim.arrival, due)
 
 
 # ----------------------------------------------------------------------------------------------- deliveries
@@ -2666,7 +2666,7 @@ def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, A
     path = queue._path(directory, name)
     status = os.lstat(path)
     entry: dict[str, Any] = {
-        "name": name, "state": "due", "age": _age(_DUE.sub("", name), status, now), "size": status.st_size, "due": None,
+        "name": name, "state": "due", "age": now - _arrival(_DUE.sub("", name), status), "size": status.st_size, "due": None,
         "message_id": "", "subject": "", "sender": "", "recipients": (), "error": "",
     }  # fmt: skip
     if directory.startswith("."):
