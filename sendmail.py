@@ -2666,8 +2666,8 @@ def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, A
     path = queue._path(directory, name)
     status = os.lstat(path)
     entry: dict[str, Any] = {
-        "name": name, "state": "due", "age": now - _arrival(_DUE.sub("", name), status), "size": status.st_size, "due": None,
-        "message_id": "", "subject": "", "sender": "", "recipients": (), "error": "",
+        "name": name, "state": "due", "age": now - _arrival(_DUE.sub("", name), status), "size": status.st_size,
+        "due": None, "message_id": "", "subject": "", "sender": "", "recipients": (), "error": "",
     }  # fmt: skip
     if directory.startswith("."):
         entry["state"] = "failed"
