@@ -106,7 +106,7 @@ DAY = 24 * 3600
 
 def put(queue, place, *recipients, message=MESSAGE):
     """Put a message into a directory of the queue by hand; *place* is directory and name."""
-    path = pathlib.Path(queue.path, place)
+    path = pathlib.Path(getattr(queue, "path", queue), place)
     path.parent.mkdir(0o700, exist_ok=True)
     path.write_bytes(b"X-Zope-From: app@x.org\nX-Zope-To: %s\n" % ", ".join(recipients or [ANN]).encode() + message)
     return path
@@ -2612,30 +2612,6 @@ def test_guarantee_7_a_directory_that_is_no_queue_is_refused_untouched(tmp_path:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_sender_that_is_a_member_of_an_enumeration_goes_by_its_value(queue: Maildir) -> None:
-    class Address(str, enum.Enum):
-        APP = "app@x.org"
-        ANN = "ann@x.org"
-
-    queue.add(Address.APP, [Address.ANN], MESSAGE)
-    assert queued(queue)[:2] == ("app@x.org", ["ann@x.org"])
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="two users are needed, and only root can be them")
-def test_what_a_queue_holds_can_be_claimed_by_its_owner_whatever_its_own_rights() -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)
-        root = pathlib.Path(directory, "queue")
-        root.mkdir()
-        for name in ("tmp", "new", "cur"):
-            (root / name).mkdir()
-        for path in (*root.iterdir(), root):
-            os.chown(path, 4001, 4001)
-        root.chmod(0o550)
-        forked(lambda: (os.setuid(4001), Maildir(root).add("app@x.org", "ann@x.org", MESSAGE)))
-        assert [oct(file.stat().st_mode) for file in (root / "new").iterdir()] == ["0o100640"]
-
-
 def test_add_raises_where_the_message_cannot_be_shown_and_leaves_litter(queue: Maildir, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "rename", disk_error)
     with pytest.raises(OSError):
@@ -2643,35 +2619,21 @@ def test_add_raises_where_the_message_cannot_be_shown_and_leaves_litter(queue: M
     assert state(queue).keys() == {"tmp"}
 
 
-def test_a_queue_stays_where_it_is_when_the_process_changes_its_directory(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    queue = Maildir("queue")
-    monkeypatch.chdir("/")
-    queue.add("app@x.org", "ann@x.org", MESSAGE)
-    assert list(state(tmp_path / "queue")) == ["new"]
-
-
-def test_the_path_of_a_queue_goes_where_it_goes_for_everybody_else(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
-    (tmp_path / "releases" / "42").mkdir(parents=True)
+def test_the_path_of_a_queue_goes_where_it_goes_for_everybody_else_and_stays(tmp_path, monkeypatch):
+    for name in ("releases/42", "gone"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "current").symlink_to("releases/42")
     monkeypatch.chdir(tmp_path)
-    Maildir("current/../queue").add("app@x.org", "ann@x.org", MESSAGE)
-    assert list(state(tmp_path / "releases" / "queue")) == ["new"]
-
-
-def test_an_absolute_path_needs_no_directory_that_is_still_there(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    Maildir(tmp_path / "queue").add("app@x.org", "ann@x.org", MESSAGE)
-    assert list(state(tmp_path / "queue")) == ["new"]
-
-
-def test_an_empty_path_names_no_queue(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
+    queues = [Maildir("relative"), Maildir("current/../queue")]
+    before = set(tmp_path.rglob("*"))
     with pytest.raises(FileNotFoundError):
         Maildir("")
-    assert list(tmp_path.iterdir()) == []
+    assert set(tmp_path.rglob("*")) == before
+    monkeypatch.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    for queue in (*queues, Maildir(tmp_path / "absolute")):
+        queue.add(SENDER, ANN, MESSAGE)
+    assert [list(state(tmp_path / path)) for path in ("relative", "releases/queue", "absolute")] == [["new"]] * 3
 
 
 def test_a_queue_behind_a_link_is_made_and_gives_up_at_once(tmp_path: pathlib.Path, relay: Relay) -> None:
@@ -2680,133 +2642,126 @@ def test_a_queue_behind_a_link_is_made_and_gives_up_at_once(tmp_path: pathlib.Pa
     (tmp_path / "q").symlink_to(tmp_path / "real" / "q")
     relay.data_reply = "550 5.7.1 no"
     for path in (tmp_path / "link" / "other", tmp_path / "q"):
-        queue = Maildir(path)
-        queue.add("app@x.org", "ann@x.org", MESSAGE)
-        assert QueueProcessorThread(queue, relay.mailer()).process().failed == 1
-        assert list(state(queue)) == [".failed/new"]
+        Maildir(path).add(SENDER, ANN, MESSAGE)
+        assert one_pass(path, relay).failed == 1
+        assert list(state(path)) == [".failed/new"]
 
 
-@pytest.mark.parametrize("umask", [0, 0o077])
-@pytest.mark.parametrize(("given", "directories", "files"), [
-    (None, 0o700, 0o600), (0o700, 0o700, 0o600), (0o2770, 0o2770, 0o660), (0o750, 0o750, 0o640),
+DIRECTORIES = ["tmp", "new", "cur", "deferred", ".failed", ".failed/tmp", ".failed/new", ".failed/cur"]
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES)
+def test_a_directory_of_the_queue_that_is_a_link_is_refused_at_every_pass(
+    directory, queue, sink, run, tmp_path, caplog
+):
+    everybody = ["sent@x.org", "deferred@x.org", "refused@x.org"]
+    queue.add("app@x.org", everybody, MESSAGE)
+    processor = QueueProcessorThread(queue, sink.mailer())
+    processor.process()
+    for name in ("new", "cur", "deferred", "tmp"):
+        put(queue, f"{name}/{NAME}", "sent@x.org")
+    theirs = tmp_path / "theirs"
+    for name in (".", "tmp", "new", "cur"):
+        (theirs / name).mkdir()
+        for file in (theirs / name / NAME, theirs / name / f"{int(time.time()):010d}.x"):
+            file.write_bytes(b"private")
+            os.utime(file, (0, 0))
+    before = sorted((str(path), path.lstat().st_mtime_ns) for path in (theirs, *theirs.rglob("*")))
+    os.rename(f"{queue.path}/{directory}", tmp_path / "away")
+    os.symlink(theirs, f"{queue.path}/{directory}")
+    for hours in (0, 40):
+        processor._clock = lambda hours=hours: time.time() + hours * 3600
+        with pytest.raises((OSError, ValueError)):
+            processor.process()
+    with contextlib.suppress(OSError, ValueError):
+        queue.add("app@x.org", everybody, MESSAGE)
+    for call in (["-f", "app@x.org", *everybody], ["--requeue"], ["--list"], to_relay(sink)):
+        status, _output, errors = run("--maildir", queue.path, *call)
+        assert status in (0, 73, 74) and (status == 0 or re.fullmatch(r"sendmail: .*\n", errors))
+    assert status != 0, "a pass is refused"
+    assert sorted((str(path), path.lstat().st_mtime_ns) for path in (theirs, *theirs.rglob("*"))) == before
+    assert sink.recipients() == ["sent@x.org"]
+
+
+@pytest.mark.parametrize(("umask", "given", "directories", "files"), [
+    (0, {}, 0o700, 0o600), (0o077, {"": 0o700}, 0o700, 0o600), (0o077, {"": 0o2770}, 0o2770, 0o660),
+    (0, {"": 0o750}, 0o750, 0o640), (0o077, {"": 0o755, "new": 0o2770, "tmp": 0o2770, "cur": 0o2770}, 0o2770, 0o660),
 ])
-def test_rights_follow_the_queue_directory_whatever_the_umask(
-    tmp_path: pathlib.Path, sink: Sink, background: Any, umask: int, given: int | None, directories: int, files: int
-) -> None:
+def test_rights_follow_new_or_else_the_queue_directory_whatever_the_umask(
+    tmp_path, sink, background, umask, given, directories, files
+):
     root = tmp_path / "queue"
-    if given is not None:
-        root.mkdir()
-        root.chmod(given)
+    for name, mode in given.items():
+        (root / name).mkdir()
+        (root / name).chmod(mode)
     command_line("--maildir", root, "-f", "app@x.org", "deferred@x.org", "refused@x.org", stdin=MESSAGE, umask=umask)
     process = background(*processor_command(Maildir(root), sink, "--interval", 0.05), umask=umask,
                          stderr=subprocess.DEVNULL)
-    wait_until(lambda: set(state(root)) == {"new", ".failed/new"} and ",due=" in state(root)["new"][0])
+    wait_until(lambda: set(state(root)) == {"deferred", ".failed/new"})
     process.terminate()
     assert process.wait(20) == 0
-    modes = {str(path): oct(stat.S_IMODE(path.lstat().st_mode)) for path in [root, *root.rglob("*")]}
+    modes = {str(path): oct(stat.S_IMODE(path.lstat().st_mode)) for path in root.rglob("*")}
     assert modes == {path: oct(directories if os.path.isdir(path) else files) for path in modes}
-    assert (root / "trigger").is_fifo()
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="two users are needed, and only root can be them")
-def test_a_spool_that_one_user_fills_and_another_empties(bench: Bench) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)
-        root = pathlib.Path(directory) / "spool"
-        root.mkdir()
-        os.chown(root, 0, 4242)
-        root.chmod(0o2770)
-        web, cron = (f"os.umask(0o77); os.setgroups([4242]); os.setgid({n}); os.setuid({n})\n" for n in (4001, 4002))
-        add = "sendmail.Maildir(path).add('app@x.org', to, message)"
-        mixed = ["sent@x.org", "deferred@x.org", "refused@x.org"]
-        for to, left in (mixed, 1), (["more@x.org"], 1), (["refused@x.org"], 1):
-            bench.run(web + add, root, to=to)
-            assert bench.run(cron + PASS + "tell(f'left {processor.process().left}')", root).told[-1] == f"left {left}"
-        assert bench.sink.recipients() == ["more@x.org", "sent@x.org"]
-        assert standing_recipients(Maildir(root)) == {
-            ".failed/new": ["refused@x.org", "refused@x.org"], "new": ["deferred@x.org"]}
-        assert {path.stat().st_gid for path in root.rglob("*")} == {4242}
+    assert stat.S_IMODE(root.stat().st_mode) == given.get("", 0o700) and (root / "trigger").is_fifo()
 
 
 # -------------------------------------------------------------------------------------------------- the Maildir: states
 
 
-@pytest.mark.parametrize(("hours", "kept"), [(35.9, True), (36.1, False)])
-def test_state_tmp_is_litter_after_36_hours(queue: Maildir, relay: Relay, hours: float, kept: bool) -> None:
-    queue._write("app@x.org", ["ann@x.org"], MESSAGE)
+def test_state_tmp_is_litter_after_36_hours_for_a_processor_that_lives_long_too(queue, relay, caplog):
+    put(queue, f"tmp/{NAME}")
     processor = QueueProcessorThread(queue, relay.mailer())
-    processor._clock = lambda: time.time() + hours * 3600
-    assert processor.process().left == 0
-    assert list(state(queue)) == ["tmp"] * kept and relay.received == []
-
-
-def test_a_processor_that_lives_long_removes_litter_again(queue: Maildir, relay: Relay) -> None:
-    processor = QueueProcessorThread(queue, relay.mailer())
-    for _ in range(2):
-        processor.process()
-    queue._write("app@x.org", ["ann@x.org"], MESSAGE)
-    processor._clock = lambda: time.time() + 37 * 3600
-    processor.process()
-    assert state(queue) == {}
+    for hours, kept in ((0, 1), (35.9, 1), (37, 0)):
+        processor._clock = lambda hours=hours: time.time() + hours * 3600
+        assert processor.process().left == 0
+        assert list(state(queue)) == ["tmp"] * kept
+    assert relay.received == [] and NAME in caplog.text and ANN in caplog.text
 
 
 def test_state_cur_is_where_a_message_stands_claimed_while_an_attempt_is_under_way(queue, relay):
     looks = []
 
-    class Looking:
-        def send(self, fromaddr, toaddrs, message):
-            rivals = QueueProcessorThread(queue, relay.mailer()).process(), command_line(
-                "--maildir", queue.path, *to_relay(relay)).returncode
-            looks.append((list(state(queue)), rivals[0].sent, rivals[1]))
+    def look(_recipients):
+        before = list(state(queue))
+        other_process = command_line("--maildir", queue.path, *to_relay(relay)).returncode
+        looks.append((before, one_pass(queue, relay).sent, other_process, list(state(queue))))
 
-    delivery = DirectMailDelivery(Looking(), fallback=queue)
-    for subject in ("one", "two"):
-        delivery.send(SENDER, ANN, a_message(subject))
-    transaction.commit()
-    assert looks == [(["cur"], 0, 0)] * 2
+    with transaction.manager:
+        DirectMailDelivery(calling(look), fallback=queue).send(SENDER, ANN, MESSAGE)
+    queue.add(SENDER, ANN, MESSAGE)
+    one_pass(queue, calling(look))
+    assert looks == [(["cur"], 0, 0, ["cur"])] * 2
     assert state(queue) == {} and relay.received == []
 
 
-def test_state_failed_is_a_maildir_of_its_own(queue: Maildir, relay: Relay) -> None:
-    relay.data_reply = "550 5.7.1 no"
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    assert QueueProcessorThread(queue, relay.mailer()).process().failed == 1
-    assert {path.name for path in pathlib.Path(queue.path, ".failed").iterdir()} == {"tmp", "new", "cur"}
-    assert standing_recipients(queue) == {".failed/new": ["ann@x.org"]}
-
-
-def test_the_same_message_refused_twice_overwrites_nothing(queue: Maildir, relay: Relay) -> None:
-    relay.refusals = {"ann@x.org": "550 5.1.1 unknown", "bob@x.org": "550 5.1.1 unknown", "eve@x.org": "450 4.2.1 busy"}
+def test_state_failed_is_a_maildir_of_its_own_in_which_nothing_is_overwritten(queue, relay, run):
+    relay.refusals = {"ann@x.org": "550 5.1.1 unknown", "eve@x.org": "450 4.2.1 busy"}
     queue.add("app@x.org", ["ann@x.org", "eve@x.org"], MESSAGE)
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor.process()
+    one_pass(queue, relay)
+    assert {path.name for path in pathlib.Path(queue.path, ".failed").iterdir()} == {"tmp", "new", "cur"}
+    assert standing_recipients(queue) == {"deferred": ["eve@x.org"], ".failed/new": ["ann@x.org"]}
     relay.refusals["eve@x.org"] = "550 5.1.1 unknown"
-    processor._clock = lambda: time.time() + 3600
-    processor.process()
+    one_pass(queue, relay, time.time() + 3600)
     failed = state(queue)[".failed/new"]
-    assert standing_recipients(queue) == {".failed/new": ["ann@x.org", "eve@x.org"]}
-    assert command_line("--maildir", queue.path, "--requeue").returncode == 0
+    assert run("--maildir", queue.path, "--requeue")[0] == 0
     assert standing_recipients(queue) == {"new": ["ann@x.org", "eve@x.org"]}
-    processor.process()
+    one_pass(queue, relay)
     assert standing_recipients(queue) == {".failed/new": ["ann@x.org", "eve@x.org"]}
     assert not set(failed) & set(state(queue)[".failed/new"])
 
 
-def test_requeueing_one_half_while_the_other_is_claimed_sends_both(
-    queue: Maildir, sink: Sink, relay: Relay, background: Any
-) -> None:
-    relay.refusals = {"ann@x.org": "550 5.1.1 unknown", "bob@x.org": "450 4.2.1 busy"}
-    queue.add("app@x.org", ["ann@x.org", "bob@x.org"], MESSAGE)
-    QueueProcessorThread(queue, relay.mailer()).process()
-    relay.refusals = {}
-    (deferred,) = pathlib.Path(queue.path, "new").iterdir()
-    deferred.rename(re.sub(r",due=.*", ",due=1", str(deferred)))
+def test_requeueing_one_half_while_the_other_is_claimed_sends_both(queue, sink, relay, run, background):
+    put(queue, f"new/{NAME}", "bob@x.org")
+    run("--maildir", queue.path, "--list")
+    for directory in (".failed", ".failed/new"):
+        pathlib.Path(queue.path, directory).mkdir()
+    put(queue, f".failed/new/{NAME}", "ann@x.org")
     sink.gate.clear()
     slow = background(*processor_command(queue, sink))
     wait_until(lambda: sink.taken)
-    assert command_line("--maildir", queue.path, "--requeue").returncode == 0
+    assert run("--maildir", queue.path, "--requeue")[0] == 0
     assert standing_recipients(queue) == {"cur": ["bob@x.org"], "new": ["ann@x.org"]}
-    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+    assert one_pass(queue, relay).sent == 1
     sink.gate.set()
     assert slow.wait(20) == 0
     assert sink.recipients() == ["bob@x.org"] and relay.received[-1].recipients == ["ann@x.org"]
@@ -2814,50 +2769,35 @@ def test_requeueing_one_half_while_the_other_is_claimed_sends_both(
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_a_message_that_a_mail_client_has_moved_and_marked_is_requeued(
-    run: Any, queue: Maildir, relay: Relay, named: bool
-) -> None:
-    relay.refusals = {"ann@x.org": "550 5.1.1 unknown"}
-    for _ in range(2):
-        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor.process()
-    seen, unseen = (pathlib.Path(queue.path, ".failed/new", name) for name in state(queue)[".failed/new"])
-    marked = seen.rename(pathlib.Path(queue.path, ".failed/cur", f"{seen.name}:2,S"))
-    names = [marked.name, unseen.name] if named else []
-    assert run("--maildir", queue.path, "--requeue", *names)[0] == 0
-    assert list(state(queue)) == ["new"] and len(set(state(queue)["new"])) == 2
-    assert not any(":2," in name or name in (seen.name, unseen.name) for name in state(queue)["new"])
-    relay.refusals = {}
-    assert processor.process().sent == 2
+def test_requeue_gives_what_was_deferred_or_given_up_a_fresh_name_in_new(named, run, queue, relay):
+    old = [f"{int(time.time()) + 600:010d}.{NAME}", f"1.{NAME}", f"2.{NAME}:2,S"]  # the last marked by a mail client
+    for directory, name in zip(("deferred", ".failed/new", ".failed/cur"), old):
+        pathlib.Path(queue.path, directory).mkdir(parents=True)
+        put(queue, f"{directory}/{name}")
+    pathlib.Path(queue.path, ".failed/new/0").mkdir()  # neither this nor a link is a message
+    pathlib.Path(queue.path, ".failed/new/1").symlink_to("nowhere")
+    assert run("--maildir", queue.path, "--requeue", *old * named) == (0, "", "")
+    names = state(queue)["new"]
+    assert len(names) == 3 and state(queue) == {"new": names, ".failed/new": ["0", "1"]}
+    assert all(re.fullmatch(r"\d{10}\.M\d{6}P\d+Q\w+\.[^:,]+", name) for name in names)
+    assert not any(NAME in name for name in names)
+    assert one_pass(queue, relay).sent == 3
 
 
-def test_refusing_and_requeueing_at_the_same_time_loses_and_repeats_nothing(
-    queue: Maildir, sink: Sink, background: Any
-) -> None:
+def test_refusing_and_requeueing_at_the_same_time_loses_and_repeats_nothing(queue, sink, run, background):
     for number in range(60):
         queue.add("app@x.org", [f"sent{number}@x.org", f"refused{number}@x.org"], MESSAGE)
     processors = [background(*processor_command(queue, sink, "--interval", 0.02, "--workers", 3),
                              stderr=subprocess.DEVNULL) for _ in range(2)]
     wait_until(lambda: (pathlib.Path(queue.path) / ".failed").exists())
     for _ in range(8):
-        assert command_line("--maildir", queue.path, "--requeue").returncode == 0
+        assert run("--maildir", queue.path, "--requeue")[0] == 0
     for process in processors:
         process.terminate()
     assert [process.wait(20) for process in processors] == [0, 0]
-    QueueProcessorThread(queue, sink.mailer()).process()
+    one_pass(queue, sink)
     assert sink.recipients() == sorted(f"sent{number}@x.org" for number in range(60))
     assert standing_recipients(queue) == {".failed/new": sorted(f"refused{number}@x.org" for number in range(60))}
-
-
-def test_requeue_passes_over_what_is_no_message(queue: Maildir, relay: Relay) -> None:
-    relay.data_reply = "550 5.7.1 no"
-    queue.add("app@x.org", "ann@x.org", MESSAGE)
-    QueueProcessorThread(queue, relay.mailer()).process()
-    pathlib.Path(queue.path, ".failed/new/0").mkdir()
-    pathlib.Path(queue.path, ".failed/new/1").symlink_to("nowhere")
-    assert sendmail.main(["--maildir", queue.path, "--requeue"]) == 0
-    assert len(state(queue)["new"]) == 1
 
 
 # -------------------------------------------------------------------------------------------------- the Maildir: claims
@@ -2872,9 +2812,7 @@ def test_guarantee_2_what_cannot_be_locked_is_not_sent(bench: Bench) -> None:
     assert len(run.told) == 3 and all(line.startswith("log ERROR") for line in run.told)
 
 
-def test_guarantee_2_a_lock_on_a_file_that_is_no_longer_there_is_no_claim(
-    queue: Maildir, sink: Sink, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guarantee_2_a_lock_on_a_file_that_is_no_longer_there_is_no_claim(queue, sink, monkeypatch):
     queue.add("app@x.org", ["old@x.org"], MESSAGE)
     (path,) = pathlib.Path(queue.path, "new").iterdir()
     flock = fcntl.flock
@@ -2894,18 +2832,19 @@ def test_guarantee_2_a_lock_on_a_file_that_is_no_longer_there_is_no_claim(
     assert sink.recipients() == ["changed@x.org"]
 
 
-def test_guarantee_2_what_somebody_else_has_locked_is_not_requeued(run: Any, queue: Maildir) -> None:
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    (name,) = state(queue)["new"]
-    with open(f"{queue.path}/new/{name}", "rb") as held:
+@pytest.mark.parametrize("place", ["new", "cur", "deferred"])
+def test_guarantee_2_what_somebody_else_has_locked_is_left_to_them(place, run, queue, relay):
+    path = put(queue, f"{place}/{NAME}")
+    processor = QueueProcessorThread(queue, relay.mailer())
+    with path.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert run("--maildir", queue.path, "--requeue", name)[0] == 65
-    assert state(queue) == {"new": [name]}
+        assert run("--maildir", queue.path, "--requeue", NAME)[0] == 65
+        assert [processor.process().sent for _ in range(2)] == [0, 0] and state(queue) == {place: [NAME]}
+    processor._clock = lambda: time.time() + 61
+    assert processor.process().sent == 1
 
 
-def test_guarantee_3_a_living_claim_is_never_robbed_and_a_dead_one_taken_up_at_once(
-    queue: Maildir, sink: Sink, relay: Relay, background: Any
-) -> None:
+def test_guarantee_3_a_living_claim_is_never_robbed_and_a_dead_one_taken_up_at_once(queue, sink, relay, background):
     queue.add("app@x.org", ["ann@x.org"], MESSAGE)
     sink.gate.clear()
     slow = background(*processor_command(queue, sink))
@@ -2949,12 +2888,12 @@ sendmail.QueueProcessorThread({queue.path!r}, Mailer()).process()
     process.wait(20)
     try:
         os.kill(child, 0)
-        assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+        assert one_pass(queue, relay).sent == 1
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-def test_what_cannot_be_claimed_is_looked_at_again_after_a_minute(queue: Maildir, relay: Relay, caplog: Any) -> None:
+def test_what_cannot_be_claimed_is_said_once_and_looked_at_again_after_a_minute(queue, relay, caplog):
     queue.add("app@x.org", ["ann@x.org"], MESSAGE)
     in_the_way = pathlib.Path(queue.path, "cur", state(queue)["new"][0])
     in_the_way.mkdir()
@@ -2977,8 +2916,9 @@ def test_odd_files_are_left_alone_and_stop_nothing(
 ) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(b"X-Zope-From: a@x.org\nX-Zope-To: victim@x.org\n" + MESSAGE)
-    for directory in ("new", "cur"):
+    for directory in ("new", "cur", "deferred"):
         root = pathlib.Path(queue.path, directory)
+        root.mkdir(exist_ok=True)
         (root / "1.link").symlink_to(outside)
         (root / "1.dangling").symlink_to(tmp_path / "nowhere")
         (root / "1.directory").mkdir()
@@ -3001,14 +2941,13 @@ def test_odd_files_are_left_alone_and_stop_nothing(
 
 @pytest.mark.parametrize("name", ["message", "msg.1.example.com", "12a.x", ",due=1", "9" * 40 + ".x"])
 def test_a_foreign_file_name_is_no_trouble(queue: Maildir, sink: Sink, events: Any, caplog: Any, name: str) -> None:
-    text = b"X-Zope-From: app@x.org\nX-Zope-To: ann@x.org, deferred@x.org\n" + MESSAGE
-    pathlib.Path(queue.path, "new", name).write_bytes(text)
-    counts = QueueProcessorThread(queue, sink.mailer()).process()
+    put(queue, f"new/{name}", "ann@x.org", "deferred@x.org")
+    counts = one_pass(queue, sink)
     assert (counts.sent, counts.deferred, counts.left) == (1, 1, 1)
     assert [type(event) for event in events] == [MailSentEvent, MailDeferredEvent]
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-    assert state(queue)["new"][0].startswith(name.partition(",")[0] + ",due=")
-    assert standing_recipients(queue) == {"new": ["deferred@x.org"]}
+    assert re.fullmatch(rf"\d{{10}}\.{re.escape(name)}", state(queue)["deferred"][0])
+    assert standing_recipients(queue) == {"deferred": ["deferred@x.org"]}
 
 
 def test_an_unreadable_file_is_named_in_one_line_and_stops_nothing(benches: Benches) -> None:
@@ -3033,7 +2972,7 @@ def test_an_unreadable_file_is_named_in_one_line_and_stops_nothing(benches: Benc
 def test_no_file_is_opened_in_a_way_that_follows_a_link(bench: Bench) -> None:
     root = bench.directory / "links"
     mixed_queue(root)
-    (root / "tmp" / "1.litter").write_bytes(b"X-Zope-From: app@x.org\nX-Zope-To: old@x.org\nHello")
+    put(root, "tmp/1.litter", "old@x.org")
     os.utime(root / "tmp" / "1.litter", (0, 0))
     run = bench.run(PASS, root)
     assert any("removed" in line and "old@x.org" in line for line in run.told)
@@ -3058,36 +2997,47 @@ def test_a_trigger_that_was_removed_makes_a_processor_deaf_for_one_pass_alone(
         wait_until(lambda: relay.received)
 
 
-def test_a_processor_that_stops_leaves_a_wake_up_to_the_others(queue: Maildir, relay: Relay) -> None:
-    [trigger] = queue._open_trigger()
+@pytest.fixture
+def trigger(queue):
+    """Reads a byte for each wake-up since the last time."""
+    os.mkfifo(f"{queue.path}/trigger")
+    fd = os.open(f"{queue.path}/trigger", os.O_RDWR | os.O_NONBLOCK)
+
+    def read():
+        with contextlib.suppress(BlockingIOError):
+            return os.read(fd, 100)
+        return b""
+
+    yield read
+    os.close(fd)
+
+
+def test_a_processor_that_stops_leaves_a_wake_up_to_the_others(queue, relay, trigger):
     processor = QueueProcessorThread(queue, relay.mailer(), 3600)
     processor.stop()
     processor.run()
-    assert os.read(trigger, 10) == b"\0"
-    os.close(trigger)
+    assert trigger() == b"\0"
 
 
-def test_the_trigger_is_opened_through_no_link(queue: Maildir, tmp_path: pathlib.Path) -> None:
-    os.mkfifo(tmp_path / "theirs")
-    theirs = os.open(tmp_path / "theirs", os.O_RDWR | os.O_NONBLOCK)
-    pathlib.Path(queue.path, "trigger").symlink_to(tmp_path / "theirs")
-    assert queue._open_trigger() == []
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    with pytest.raises(BlockingIOError):
-        os.read(theirs, 1)
-    os.close(theirs)
-
-
-@pytest.mark.parametrize("make", [pathlib.Path.touch, pathlib.Path.mkdir])
-def test_a_trigger_that_is_no_fifo_is_ignored(queue: Maildir, relay: Relay, make: Any) -> None:
-    make(pathlib.Path(queue.path, "trigger"))
+@pytest.mark.parametrize("make", ["mkfifo", "mkdir", "touch"])
+def test_a_trigger_that_is_no_fifo_or_a_link_to_one_is_ignored(make, queue, relay, tmp_path):
+    trigger, theirs = pathlib.Path(queue.path, "trigger"), tmp_path / "theirs"
+    if make == "mkfifo":
+        os.mkfifo(theirs)
+        trigger.symlink_to(theirs)
+        fd = os.open(theirs, os.O_RDWR | os.O_NONBLOCK)
+    else:
+        getattr(trigger, make)()
     with running(QueueProcessorThread(queue, relay.mailer(), 3600)) as passes:
         wait_until(lambda: passes)
         queue.add("app@x.org", ["ann@x.org"], MESSAGE)
     assert len(passes) == 1  # it neither woke nor span
-    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
-    trigger = pathlib.Path(queue.path, "trigger")
-    assert trigger.is_dir() or trigger.read_bytes() == b""
+    assert one_pass(queue, relay).sent == 1
+    if make == "mkfifo":
+        with pytest.raises(BlockingIOError):
+            os.read(fd, 1)
+        os.close(fd)
+    assert make != "touch" or trigger.read_bytes() == b""
 
 
 # -------------------------------------------------------------------------------------------- crashes and faults: kills
