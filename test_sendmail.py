@@ -3046,16 +3046,14 @@ def test_a_trigger_that_is_no_fifo_or_a_link_to_one_is_ignored(make, queue, rela
 def assert_nothing_lost(root: pathlib.Path, sink: Sink, later: float = 0.0) -> None:
     """Make one pass, at once; then each recipient of `mixed_queue` has what it should have."""
     wait_until(lambda: not sink.busy)
-    for directory in ("new", "cur", ".failed/new"):
+    for directory in ("new", "cur", "deferred", ".failed/new"):
         standing(root, directory)
-    processor = QueueProcessorThread(root, sink.mailer())
-    processor._clock = lambda: time.time() + later
-    assert processor.process().outage is None
+    assert one_pass(root, sink, time.time() + later).outage is None
     assert set(sink.recipients()) == {"plain@x.org", "dead@x.org", "sent@x.org"}
     assert {text for _, _, text in sink.taken} == {crlf(MESSAGE)}
-    assert standing(root, "new") == ["deferred@x.org"]
+    assert standing(root, "deferred") == ["deferred@x.org"]
     assert set(standing(root, ".failed/new")) == {"refused@x.org"}
-    assert standing(root, "cur") == []
+    assert standing(root, "new") == standing(root, "cur") == []
 
 
 def kill_points(run: Run) -> list[tuple[str, int]]:
@@ -3105,7 +3103,7 @@ def test_guarantee_4_no_kill_in_a_commit_loses_what_was_committed_or_shows_a_par
         committed = run.told == ["committed"]
         Maildir(root)  # completes it, if it was cut short
         visible = standing(root, "new")
-        assert QueueProcessorThread(root, bench.sink.mailer()).process().left == 0
+        assert one_pass(root, bench.sink).left == 0
         assert bench.sink.recipients() == visible == sorted(set(visible))
         assert visible == ["plain0@x.org", "plain1@x.org", "plain2@x.org"] or not committed
         return run.status
@@ -3139,9 +3137,9 @@ def test_no_kill_in_a_direct_delivery_with_a_fallback_loses_what_was_committed(b
         if "committed" in run.told:
             assert_nothing_lost(root, bench.sink)
         else:
-            visible = {address for directory in ("new", "cur", ".failed/new") for address in standing(root, directory)}
+            visible = {address for directory in ("new", "cur", "deferred") for address in standing(root, directory)}
             committed = visible | set(bench.sink.recipients())
-            assert QueueProcessorThread(root, bench.sink.mailer()).process().outage is None
+            assert one_pass(root, bench.sink).outage is None
             assert committed & {"plain@x.org", "sent@x.org", "dead@x.org"} == set(bench.sink.recipients())
         assert not bench.sink.duplicates_outside_the_window()
         return run.status, bench.sink.duplicates()
@@ -3151,49 +3149,39 @@ def test_no_kill_in_a_direct_delivery_with_a_fallback_loses_what_was_committed(b
 
 
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
-def test_a_direct_delivery_killed_in_the_middle_leaves_ordinary_dead_claims(death, queue, relay, scripted, background):
+def test_a_direct_delivery_killed_in_the_middle_leaves_one_dead_claim(death, queue, relay, scripted, background):
     in_hand = threading.Event()
 
-    def take_one_and_hang(connection):
-        connection.greet()
-        for final in ("250 2.0.0 Ok", ""):
-            while connection.line() != "DATA":
-                connection.say("250 Ok")
-            connection.say("354 Go ahead")
-            connection.data()
-            if final:
-                connection.say(final)
+    def end(_line, connection):
+        if len(connection.messages) == 1:
+            return USUAL["end"]
         in_hand.set()
-        connection.line()
+        return ""
 
-    server = scripted(take_one_and_hang)
     code = """if True:
         import signal, transaction
         from sendmail import *
         signal.signal(signal.SIGINT, signal.default_int_handler)
         path, port, *messages = sys.argv[1:]
-        delivery = DirectMailDelivery(SMTPMailer("127.0.0.1", int(port), timeout=60), fallback=path)
+        delivery = DirectMailDelivery(SMTPMailer("127.0.0.1", int(port)), fallback=path)
         for message in messages:
             delivery.send("app@example.com", "ann@example.com", message)
         transaction.commit()
     """
     messages = [a_message(f"n{number}").decode() for number in range(4)]
-    process = background(*python_command(code, queue.path, server.port, *messages), stderr=subprocess.DEVNULL)
+    command = python_command(code, queue.path, scripted(answering(end=end)).port, *messages)
+    process = background(*command, stderr=subprocess.DEVNULL)
     assert in_hand.wait(30)
-    claimed = state(queue)
-    assert list(claimed) == ["cur"] and len(claimed["cur"]) == 3
-    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 0
+    assert {directory: len(names) for directory, names in state(queue).items()} == {"new": 2, "cur": 1}
+    assert one_pass(queue, relay).sent == 2, "what the other has not claimed yet"
     process.send_signal(death)
     process.wait(30)
-    assert death == signal.SIGINT or state(queue) == claimed
-    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 3
-    assert subjects(relay.received) == ["n1", "n2", "n3"] and state(queue) == {}
+    assert list(state(queue)) == ["cur"] and one_pass(queue, relay).sent == 1
+    assert subjects(relay.received) == ["n2", "n3", "n1"] and state(queue) == {}
 
 
 @pytest.mark.sweep
-def test_four_processes_with_four_workers_killed_at_random_lose_nothing(
-    tmp_path: pathlib.Path, background: Any, sink: Sink
-) -> None:
+def test_four_processes_with_two_processors_each_killed_at_random_lose_nothing(tmp_path, background, sink):
     queue = Maildir(tmp_path / "crowded")
     sink.delay = 0.02
     everybody = [f"sent{number:04}@x.org" for number in range(2000)]
@@ -3203,7 +3191,7 @@ def test_four_processes_with_four_workers_killed_at_random_lose_nothing(
     transaction.commit()
 
     def start() -> Any:
-        command = processor_command(queue, sink, "--interval", 0.02, "--workers", 4)
+        command = processor_command(queue, sink, "--interval", 0.02, "--workers", 2)
         return background(*command, stderr=subprocess.PIPE)
 
     processes = [start() for _ in range(4)]
@@ -3223,8 +3211,8 @@ def test_four_processes_with_four_workers_killed_at_random_lose_nothing(
     wait_until(lambda: not sink.busy)
     assert set(sink.recipients()) == set(everybody)
     assert sink.duplicates_outside_the_window() == []
-    assert len(sink.duplicates()) <= kills * 4
-    print(f"4 processes x 4 workers, 2,000 messages: {kills} kills, {len(sink.duplicates())} duplicates, in the window")
+    assert len(sink.duplicates()) <= kills * 2
+    print(f"4 processes x 2 processors, 2,000 messages: {kills} kills, {len(sink.duplicates())} duplicates, in the window")
     assert kills > 3 and state(queue).keys() <= {"tmp"}
 
 
@@ -3236,7 +3224,7 @@ FAULTS = {
     "EACCES": "openat rename unlink mkdir newfstatat",
     "EMFILE": "openat socket pipe2",
     "EINTR": "openat write fsync rename unlink flock close pread64 getdents64",
-    "ENOENT": "openat rename unlink newfstatat",
+    "ENOENT": "openat rename newfstatat",
     "ENOLCK": "flock",
 }
 
@@ -3272,8 +3260,9 @@ def test_no_fault_in_a_pass_loses_or_stops_anything(benches: Benches) -> None:
             trouble = [line for line in run.told if line.startswith(("log WARN", "log ERR", "log CRIT", "raised"))]
             assert fault == "ENOENT" or len(sent) == 3 or any("failed message-id" not in line for line in trouble)
             assert_nothing_lost(root, bench.sink, later=3700.0)
-            assert lasting or not bench.sink.duplicates()
-            assert not sent & set(bench.sink.duplicates())
+            held = [line for line in run.told if line.startswith("log CRITICAL")]
+            assert len(held) <= 1 or lasting
+            assert held or not bench.sink.duplicates()
         except Exception as error:
             return f"{where}: {type(error).__name__} {str(error).splitlines()[0]} {run.told}"
         return "repeated" if bench.sink.duplicates() else ""
@@ -3300,7 +3289,7 @@ def test_no_fault_in_a_commit_leaves_a_message_half_sent(benches: Benches) -> No
             visible = standing(root, "new") if (root / "new").is_dir() else []
             if raised == "committed":
                 assert sorted(visible + stuck) == ["plain0@x.org", "plain1@x.org", "plain2@x.org"]
-                assert set(stuck) <= set(standing(root, "tmp")) and (lasting or not stuck)
+                assert set(stuck) <= set(standing(root, "tmp"))
                 assert len(stuck) == sum(line.startswith("log CRITICAL") for line in run.told)
             else:
                 assert visible == []
@@ -3316,22 +3305,6 @@ def test_no_fault_in_a_commit_leaves_a_message_half_sent(benches: Benches) -> No
 
 
 # ------------------------------------------------------------------------------- crashes and faults: order of the calls
-
-
-@pytest.mark.parametrize("count", [1, 3, 20])
-def test_guarantee_4_files_are_durable_before_they_show_and_the_directory_before_commit_returns(count, queue, monkeypatch):
-    fsync, rename, calls = os.fsync, os.rename, []
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_ino)), fsync(fd)))
-    monkeypatch.setattr(os, "rename", lambda *to: (calls.append(("rename", os.stat(to[0]).st_ino)), rename(*to)))
-    delivery = QueuedMailDelivery(queue)
-    for _ in range(count):
-        delivery.send(SENDER, ANN, MESSAGE)
-    assert calls == []
-    inodes = [entry.inode() for entry in os.scandir(f"{queue.path}/tmp")]
-    transaction.commit()
-    assert sorted(calls[:count]) == sorted(("fsync", inode) for inode in inodes)
-    assert sorted(calls[count:-1]) == sorted(("rename", inode) for inode in inodes)
-    assert calls[-1] == ("fsync", os.stat(f"{queue.path}/new").st_ino)
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
@@ -3382,7 +3355,8 @@ def test_guarantee_5_a_changed_recipient_list_is_the_first_thing_written_and_dur
     then("flock", f"<{rest}>, LOCK_EX|LOCK_NB")
     then("rename", f'"{rest}", "{root}/cur/{name}"')
     then("fsync", f"<{root}/cur>")
-    then("rename", f'"{root}/cur/{name}", "{root}/new/{name},due=')
+    then("fsync", f"<{root}>")
+    then("rename", f'"{root}/cur/{name}", "{root}/deferred/')
     assert sent_events(run) == {"sent@x.org"}
 
 
@@ -3436,25 +3410,19 @@ def test_guarantee_6_nothing_stands_between_the_final_reply_and_what_records_it(
 
 # ---------------------------------------------------------------------------- crashes and faults: disks full and broken
 
-DAY = 24 * 3600
-
 
 @pytest.mark.parametrize("kind", ["queued", "fallback"])
-@pytest.mark.parametrize("fault", ["a full disk", "a lost file", "a lost file of many"])
+@pytest.mark.parametrize("fault", ["a bad disk", "a lost file", "a lost file of many"])
 def test_what_cannot_be_made_durable_vetoes_before_a_database_votes(
     fault, delivery, sqlite, queue, relay, monkeypatch
 ):
     insert, rows = sqlite
-
-    def full(fd):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with pytest.raises(OSError), transaction.manager:
         insert(1, 1)
         for number in range(20 if fault == "a lost file of many" else 2):
             delivery.send(SENDER, ANN, a_message(f"n{number}"))
-        if fault == "a full disk":
-            monkeypatch.setattr(os, "fsync", full)
+        if fault == "a bad disk":
+            monkeypatch.setattr(os, "fsync", disk_error)
         else:
             os.unlink(f"{queue.path}/tmp/{state(queue)['tmp'][1]}")
     transaction.abort()
@@ -3517,88 +3485,59 @@ def test_guarantee_5_on_a_full_disk_the_list_is_shortened_in_place_and_nobody_ge
     for hours in range(4):
         if hours == 3:
             relay.refusals.clear()
-        processor = QueueProcessorThread(queue, relay.mailer())
-        processor._clock = lambda ahead=hours * 3601.0: time.time() + ahead
-        processor.process()
+        one_pass(queue, relay, time.time() + hours * 3601)
         assert [file.split(b"\n", 2)[1].rstrip() for file in content(queue)] == [b"X-Zope-To: bob@example.com"][hours // 3:]
     assert [message.recipients for message in relay.received] == [[ANN], [BOB]]
     assert [event.toaddrs for event in events if isinstance(event, MailSentEvent)] == [(ANN,), (BOB,)]
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_what_can_not_be_noted_now_is_noted_later_and_not_sent_again(queue, relay, events, monkeypatch, refused):
-    queue.add(SENDER, [ANN, BOB], MESSAGE)
-    relay.refusals.update({BOB: "450 4.2.1 busy"} if refused else {})
-    processors = [QueueProcessorThread(queue, relay.mailer()) for _ in range(2)]
-    with monkeypatch.context() as patch:  # no real disk fails between the two calls of one process
-        for call in ("unlink", "pwrite", "fsync"):
-            patch.setattr(os, call, disk_error)
-        for processor in processors * 2:
-            processor.process()
-    assert list(state(queue)) == (["tmp", "cur"] if refused else ["cur"])
-    assert [message.recipients for message in relay.received] == [[ANN] if refused else [ANN, BOB]] and events == []
-    processors[0].process()
-    assert len(relay.received) == 1 and len([event for event in events if isinstance(event, MailSentEvent)]) == 1
-    relay.refusals.clear()
-    processors[0]._clock = lambda: time.time() + 3600.0
-    processors[0].process()
-    assert [message.recipients for message in relay.received] == ([[ANN], [BOB]] if refused else [[ANN, BOB]])
-    assert state(queue).keys() <= {"tmp"}  # litter
+@pytest.mark.parametrize("partly", [False, True])
+def test_guarantee_6_what_cannot_be_recorded_is_said_once_and_not_sent_again_by_this_process(
+    partly, queue, relay, events, monkeypatch, caplog
+):
+    relay.refusals = {BOB: "450 4.2.1 busy"} if partly else {}
+    taken = (ANN,) if partly else (ANN, BOB)
+
+    def live_and_die():
+        queue.add(SENDER, [ANN, BOB], MESSAGE)
+        processors = [QueueProcessorThread(queue, relay.mailer()) for _ in range(2)]
+        with monkeypatch.context() as patch:
+            for call in ("unlink", "fsync"):  # without fsync no other file and no shorter list is to be trusted
+                patch.setattr(os, call, disk_error)
+            for processor in processors * 2:
+                processor.process()
+        for processor in processors:
+            processor._clock = lambda: time.time() + DAY
+            assert processor.process().left == 1
+        with transaction.manager:
+            DirectMailDelivery(relay.mailer(), fallback=queue).send(SENDER, "more@x.org", MESSAGE)
+        assert [event.toaddrs for event in events] == [taken, ("more@x.org",)]
+        critical = [record.getMessage() for record in caplog.records if record.levelno == logging.CRITICAL]
+        assert len(critical) == 1 and f"{queue.path}/cur/" in critical[0]
+
+    forked(live_and_die)
+    assert len(state(queue)["cur"]) == 1
+    one_pass(queue, relay)  # the next process knows of a shorter list alone, if the disk has it after all
+    assert [tuple(message.recipients) for message in relay.received] == [taken, ("more@x.org",), *[taken] * (not partly)]
 
 
-def test_what_one_queue_cannot_note_is_no_business_of_the_processor_of_another(tmp_path, relay, events, monkeypatch):
-    mine, other = Maildir(tmp_path / "mine"), Maildir(tmp_path / "other")
-    other.add(SENDER, ANN, MESSAGE)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "unlink", disk_error)
-        QueueProcessorThread(other, relay.mailer()).process()
-    QueueProcessorThread(mine, relay.mailer()).process()
-    assert events == [] and list(state(other)) == ["cur"]
-    QueueProcessorThread(other, relay.mailer()).process()
-    assert len(events) == 1 and state(other) == {}
-
-
-def test_a_message_that_cannot_be_settled_stops_none_of_its_commit(queue, relay, events, monkeypatch, caplog):
+@pytest.mark.parametrize(("fails", "place"), [("/cur/", "new"), ("/deferred/", "cur")])
+def test_a_message_that_cannot_be_claimed_or_settled_stops_none_of_its_commit(
+    fails, place, queue, relay, events, monkeypatch, caplog, trigger
+):
     rename = os.rename
     relay.refusals[ANN] = "450 4.2.1 busy"
-    [trigger] = queue._open_trigger()
-    with monkeypatch.context() as patch, transaction.manager:
-        for recipient in (ANN, BOB):
-            DirectMailDelivery(relay.mailer(), fallback=queue).send(SENDER, recipient, MESSAGE)
-        patch.setattr(os, "rename", lambda *paths: disk_error() if ",due=" in paths[1] else rename(*paths))
-        transaction.commit()
-    assert [message.recipients for message in relay.received] == [[BOB]] and state(queue).keys() == {"cur"}
-    assert [(type(event), event.toaddrs) for event in events] == [(MailSentEvent, (BOB,))]
-    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2 and os.read(trigger, 10)
-    os.close(trigger)
-
-
-def test_a_handler_may_wait_for_a_thread_that_sends(queue, relay, monkeypatch):
-    queue.add(SENDER, ANN, MESSAGE)
+    delivery = DirectMailDelivery(relay.mailer(), fallback=queue)
+    for recipient in (ANN, BOB):
+        delivery.send(SENDER, recipient, MESSAGE)
+    stuck = state(queue)["tmp"][0]
     with monkeypatch.context() as patch:
-        patch.setattr(os, "unlink", disk_error)
-        QueueProcessorThread(queue, relay.mailer()).process()
-
-    def commit():
-        with transaction.manager:
-            DirectMailDelivery(relay.mailer(), fallback=queue).send(SENDER, BOB, MESSAGE)
-
-    @sendmail.subscribe
-    def wait(event):
-        if event.toaddrs == (ANN,):
-            threads.append(threading.Thread(target=commit, daemon=True))
-            threads[0].start()
-            threads[0].join(20)
-            alive.append(threads[0].is_alive())
-
-    threads, alive = [], []
-    QueueProcessorThread(queue, relay.mailer()).process()
-    assert alive == [False] and [message.recipients for message in relay.received] == [[ANN], [BOB]]
-
-
-def test_a_queued_delivery_without_a_queue_is_an_error_at_once():
-    with pytest.raises(TypeError):
-        QueuedMailDelivery(None)
+        patch.setattr(os, "rename", lambda *to: disk_error() if fails in to[1] and stuck in to[1] else rename(*to))
+        transaction.commit()
+    assert state(queue) == {place: [stuck]} and trigger() == b"\0"
+    assert [(type(event), event.toaddrs) for event in events] == [(MailSentEvent, (BOB,))]
+    assert {record.levelno for record in caplog.records} == {logging.ERROR} and stuck in caplog.text
+    assert one_pass(queue, relay).deferred == 1
 
 
 def test_what_a_fork_aborts_is_still_there_for_the_parent_to_commit(queue):
@@ -3629,32 +3568,6 @@ with transaction.manager:
     assert (len(relay.received), state(queue)) == (3, {})
 
 
-def test_no_message_is_printed_in_the_log_of_what_is_in_doubt(relay, monkeypatch, caplog):
-    DirectMailDelivery(relay.mailer()).send(SENDER, ANN, MESSAGE + b"token=secret\n")
-    monkeypatch.setattr(sendmail, "_ask_in_groups", fail_here)
-    transaction.commit()
-    assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
-    assert ANN in caplog.text and "secret" not in caplog.text
-
-
-def test_a_note_that_comes_late_and_fails_again_hides_no_event_and_stops_no_commit(queue, relay, events, monkeypatch):
-    rename = os.rename
-    relay.refusals["late@example.com"] = "450 4.2.1 busy"
-    for recipients in ([ANN], [BOB], ["sent@example.com", "late@example.com"]):
-        queue.add(SENDER, recipients, MESSAGE)
-    with monkeypatch.context() as patch:
-        for call in ("unlink", "pwrite", "fsync"):
-            patch.setattr(os, call, disk_error)
-        QueueProcessorThread(queue, relay.mailer()).process()
-    assert events == []
-    DirectMailDelivery(relay.mailer(), fallback=queue).send(SENDER, "new@example.com", MESSAGE)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", lambda *paths: disk_error() if ",due=" in paths[1] else rename(*paths))
-        transaction.commit()
-    told = {address for event in events if isinstance(event, MailSentEvent) for address in event.toaddrs}
-    assert told == {ANN, BOB, "sent@example.com", "new@example.com"}
-
-
 def test_every_fork_hears_its_own_stop(queue):
     code = """
 import os, signal, sys, threading, time, sendmail
@@ -3679,77 +3592,24 @@ for child, gate in zip(children, gates):
     subprocess.run(python_command(code, queue.path), timeout=30, check=True)
 
 
-def test_a_direct_delivery_notes_at_its_next_commit_what_it_could_not_note_at_once(queue, relay, events, monkeypatch):
-    delivery = DirectMailDelivery(relay.mailer(), fallback=queue)
-    with monkeypatch.context() as patch, transaction.manager:
-        delivery.send(SENDER, ANN, MESSAGE)
-        patch.setattr(os, "unlink", disk_error)
-        transaction.commit()
-        assert state(queue).keys() == {"cur"} and events == []
-    with transaction.manager:
-        delivery.send(SENDER, BOB, MESSAGE)
-    assert [message.recipients for message in relay.received] == [[ANN], [BOB]] and state(queue) == {}
-    assert [(type(event), event.toaddrs) for event in events] == [(MailSentEvent, (ANN,)), (MailSentEvent, (BOB,))]
-
-
 @pytest.mark.parametrize("kind", ["queued", "fallback"])
-def test_a_committed_message_that_cannot_be_renamed_is_kept_complete_and_told_of(
+def test_a_committed_message_that_cannot_be_renamed_is_kept_for_a_year_and_told_of(
     delivery, queue, relay, events, caplog
 ):
-    identifiers = [delivery.send(SENDER, ANN, a_message(subject)) for subject in ("stuck", "free")]
-    stuck, _free = state(queue)["tmp"]
-    complete = content(queue)[0]
-    for directory in ("new", "cur"):
-        os.mkdir(f"{queue.path}/{directory}/{stuck}")  # a file is never renamed onto a directory
-    places = []
-    sendmail.subscribe(lambda _event: places.append(state(queue)["tmp"]))
-    transaction.commit()
-    assert places[0] == [stuck] == state(queue)["tmp"]
-    assert pathlib.Path(queue.path, "tmp", stuck).read_bytes() == complete
-    errors = [event for event in events if isinstance(event, MailErrorEvent)]
-    assert [(error.message_id, error.toaddrs, error.delivery_status[0]) for error in errors] == [
-        (identifiers[0], (ANN,), "5")]
-    assert [stuck in record.getMessage() for record in caplog.records if record.levelno == logging.CRITICAL] == [True]
-
-    litter = pathlib.Path(queue.path, "tmp", "1.litter.host")
-    litter.write_bytes(complete)
-    processor = QueueProcessorThread(queue, relay.mailer())
-    processor._clock = lambda: time.time() + 360 * DAY
-    processor.process()
-    assert state(queue)["tmp"] == [stuck]
-    assert any(f"tmp/{litter.name}" in record.getMessage() and ANN in record.getMessage() for record in caplog.records)
-    for directory in ("new", "cur"):
-        os.rmdir(f"{queue.path}/{directory}/{stuck}")
-    os.rename(f"{queue.path}/tmp/{stuck}", f"{queue.path}/new/{stuck}")
-    assert sorted(delivered(queue, relay)) == ["free", "stuck"]
-
-
-def test_without_new_every_committed_message_is_kept_and_told_of(queue, events):
-    delivery = QueuedMailDelivery(queue)
-    identifiers = [delivery.send(SENDER, ANN, a_message(f"n{number}")) for number in range(5)]
-    os.rmdir(f"{queue.path}/new")
-    transaction.commit()
-    assert len(state(queue)["tmp"]) == 5
-    assert [(type(event), event.message_id) for event in events] == [(MailErrorEvent, each) for each in identifiers]
+    ids = [delivery.send(SENDER, ANN, a_message(subject)) for subject in ("stuck", "free")]
+    stuck = pathlib.Path(queue.path, "tmp", state(queue)["tmp"][0])
+    complete = stuck.read_bytes()
+    os.mkdir(f"{queue.path}/new/{stuck.name}")  # a file is never renamed onto a directory
+    sendmail.subscribe(lambda _event: os.listdir(f"{queue.path}/tmp") == [stuck.name] or events.clear())
     transaction.commit()
     transaction.abort()
-    assert subjects(content(queue)) == [f"n{number}" for number in range(5)]
-
-
-@pytest.mark.parametrize("kind", ["queued", "fallback"])
-def test_a_rename_that_fails_once_is_tried_again(delivery, queue, relay, events, monkeypatch):
-    rename, failures = os.rename, [OSError(errno.EIO, os.strerror(errno.EIO))]
-
-    def flaky(*paths):
-        if failures:
-            raise failures.pop()
-        rename(*paths)
-
-    delivery.send(SENDER, ANN, a_message("one"))
-    monkeypatch.setattr(os, "rename", flaky)
-    transaction.commit()
-    assert not failures and "tmp" not in state(queue)
-    assert delivered(queue, relay) == ["one"] and [type(event) for event in events] == [MailSentEvent]
+    assert stuck.read_bytes() == complete and stuck.stat().st_mtime > time.time() + 364 * DAY
+    [error] = [event for event in events if isinstance(event, MailErrorEvent)]
+    assert (error.message_id, error.toaddrs, error.delivery_status[0]) == (ids[0], (ANN,), "5")
+    [line] = [record.getMessage() for record in caplog.records if record.levelno == logging.CRITICAL]
+    assert str(stuck) in line
+    one_pass(queue, relay, time.time() + 360 * DAY)
+    assert stuck.exists() and subjects(relay.received) == ["free"]
 
 
 @pytest.mark.parametrize("kind", ["queued", "fallback"])
@@ -3772,12 +3632,17 @@ def test_an_interrupt_in_the_middle_of_finish_leaves_no_committed_message_in_tmp
     assert sorted(delivered(queue, relay)) == [f"n{number}" for number in range(5)]
 
 
-def test_a_bug_in_finish_does_not_reach_the_commit(queue, monkeypatch, caplog):
-    QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
+@pytest.mark.parametrize("kind", ["queued", "direct"])
+def test_a_bug_in_finish_does_not_reach_the_commit_and_shows_no_message_in_the_log(
+    delivery, kind, queue, monkeypatch, caplog
+):
+    delivery.send(SENDER, ANN, MESSAGE + b"token=secret\n")
     monkeypatch.setattr(Maildir, "_wake", lambda _queue: fail_here())
+    monkeypatch.setattr(sendmail, "_groups", lambda _recipients: fail_here())
     transaction.commit()
-    assert list(state(queue)) == ["new"]
+    assert list(state(queue)) == ["new"] * (kind == "queued")
     assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
+    assert ANN in caplog.text and "secret" not in caplog.text
 
 
 # --------------------------------------------------------------------------------------- transactions: the data manager
