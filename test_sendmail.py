@@ -1381,10 +1381,9 @@ def test_message_id_and_date_are_added_where_they_are_missing(queue: Maildir, gi
 
 
 @pytest.mark.parametrize("address", [
-    "ann", "@x.org", "ann@", "Ann <ann>", "Ann <>", "<ann@x.org", "ann@x.org, bob@x.org", "Ann <ann@x.org>, Bob <bob@x.org>",
-    "<ann@x.org> <bob@x.org>", "ann@x.org bob@x.org", "a n@x.org", "<a n@x.org>", "ann@x@y.org", "friends: ann@x.org, bob@x.org;",
-    "friends:;", "ann\n@x.org", "Ann\n <ann@x.org>", "ann@x.org\nX-Zope-To: eve@x.org", "ann\0@x.org", "ann\u2028@x.org",
-    '"a\nb"@x.org', '"Ann <ann@x.org>', " ", ""])
+    "ann", "@x.org", "ann@", "ann@x.org, bob@x.org", "<ann@x.org> <bob@x.org>", "ann@x.org bob@x.org", "a n@x.org",
+    "ann@x@y.org", "friends: ann@x.org, bob@x.org;", "ann\n@x.org", "Ann\n <ann@x.org>", "ann@x.org\nX-Zope-To: eve@x.org",
+    "ann\0@x.org", "ann\u2028@x.org", '"a\nb"@x.org', '"Ann <ann@x.org>', " ", ""])
 def test_what_is_not_exactly_one_address_is_refused_and_nothing_queued(queue, address):
     for sender, recipients in ((SENDER, [address]), (SENDER, [BOB, address]), (address, [BOB])):
         if sender:  # the empty sender is the null sender
@@ -1397,19 +1396,13 @@ class Address(str, enum.Enum):
     ANN = "ann@x.org"
 
 
-@pytest.mark.parametrize(("address", "spec"), [
-    *((spec, spec) for spec in ('"a b"@x.org', '"a,b"@x.org', r'"a\"<b>"@x.org', "bär@bücher.example", "a@[127.0.0.1]")),
-    *((text, "ann@x.org") for text in (
-        "<ann@x.org>", "Ann <ann@x.org>", '"Shop, Ann" <ann@x.org>', "Ann (at, work) <ann@x.org>", "ann@x.org (Ann)",
-        'Änn "the\\"<x@y>" Smith <ann@x.org>', " ann@x.org ", Address.ANN)),
-    ('Ann <"a b"@x.org>', '"a b"@x.org'), ("<bär@x.org>", "bär@x.org"),
-])
-def test_the_envelope_gets_the_bare_address_with_a_display_name_or_without(queue, address, spec):
+@pytest.mark.parametrize("address", [
+    '"a b"@x.org', '"a,b"@x.org', r'"a\"<b>"@x.org', "bär@bücher.example", "a@[127.0.0.1]", Address.ANN])
+def test_an_address_comes_out_of_the_queue_as_it_went_in(queue, address):
     seen = []
-    queue.add(address, [address, BOB], MESSAGE)
-    assert queued(queue)[0] == spec
+    queue.add(address, [address, address, BOB], MESSAGE)
     one_pass(queue, types.SimpleNamespace(send=lambda *arguments: seen.append(arguments[:2])))
-    assert seen == [(spec, (spec, BOB))]
+    assert seen == [(address, (address, BOB))]
 
 
 def test_one_address_will_do_duplicates_count_once_and_nobody_is_refused(queue):
@@ -4555,7 +4548,7 @@ def test_neither_an_idle_pass_nor_fresh_mail_lists_what_is_deferred(bench: Bench
     idle = [call for call, _ in run.calls[first + 1 : last] if call not in QUIET]
     listings = [i for i, (call, text) in enumerate(run.calls) if call == "getdents64" and "/deferred>" in text]
     assert listings and max(listings) < first
-    assert "connect" not in idle and len(idle) <= 3 * 48
+    assert "connect" not in idle and len(idle) <= 3 * 32
     print(f"20,000 deferred: {len(idle) / 3:.0f} calls in an idle pass, then {run.told[-1]}")
     assert run.told[-1] == "1 sent, 20000 left" and bench.sink.recipients() == ["fresh@x.org"]
 
