@@ -3994,17 +3994,10 @@ def test_whatever_a_mailer_raises_no_commit_fails_and_every_message_has_its_even
 class Route:
     """A mailer that can be pointed at another relay."""
 
-    def __init__(self, mailer: Any) -> None:
-        self.mailer = mailer
-
-    def __enter__(self) -> Any:
-        return self.mailer.__enter__()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.mailer.__exit__(*exc_info)
-
-    def send(self, *arguments: Any) -> Any:
-        return self.mailer.send(*arguments)
+    def __init__(self, mailer): self.mailer = mailer
+    def __enter__(self): return self.mailer.__enter__()
+    def __exit__(self, *exc_info): self.mailer.__exit__(*exc_info)
+    def send(self, *arguments): return self.mailer.send(*arguments)
 
 
 OUTAGES: dict[str, Any] = {
