@@ -167,7 +167,7 @@ def standing(root: pathlib.Path, directory: str) -> list[str]:
     for path in (root / directory).glob("[!.]*"):
         text = path.read_bytes()
         assert text.startswith(b"X-Zope-From: app@x.org\nX-Zope-To: ") and text.endswith(MESSAGE), (path, text)
-        found += text.split(b"\n")[1].decode().removeprefix("X-Zope-To: ").split(", ")
+        found += text.split(b"\n")[1].decode().removeprefix("X-Zope-To: ").strip().split(", ")
     return sorted(found)
 
 
@@ -2065,6 +2065,20 @@ def test_a_password_file_that_holds_no_password_is_an_outage_and_not_shown(queue
     assert errors and not re.search(r"hunter2|cret|x?e9\b|xff|\xe9", errors.replace(str(tmp_path), ""))
 
 
+def test_a_mailer_of_somebody_else_is_named_in_the_log_by_its_type_alone(queue, caplog):
+    @dataclasses.dataclass
+    class Service:
+        password: str
+
+        def send(self, fromaddr, toaddrs, message):
+            return {address: Reply({"a": 250, "b": 450, "c": 550}[address[0]], "so") for address in toaddrs}
+
+    caplog.set_level(logging.DEBUG)
+    queue.add("app@x.org", ["a@x.org", "b@x.org", "c@x.org"], MESSAGE)
+    QueueProcessorThread(queue, Service("hunter2-secret")).process()
+    assert caplog.text.count("relay=Service ") == 3 and "hunter2" not in caplog.text
+
+
 # ------------------------------------------------------------------------------ the mailers: addresses, sizes, contents
 
 
@@ -2687,6 +2701,45 @@ def test_rights_follow_new_or_else_the_queue_directory_whatever_the_umask(
     assert stat.S_IMODE(root.stat().st_mode) == given.get("", 0o700) and (root / "trigger").is_fifo()
 
 
+@pytest.mark.parametrize("made", ["trigger", "tmp", "cur", "deferred", ".failed", ".failed/new"])
+def test_a_link_in_the_place_of_what_was_just_made_gets_no_rights(made, tmp_path, sink, monkeypatch, caplog):
+    root, victim, away = (tmp_path / name for name in ("queue", "victim", "away"))
+    root.mkdir()
+    root.chmod(0o770)
+    victim.touch(0o600) if made == "trigger" else victim.mkdir(0o700)
+    mode = victim.stat().st_mode
+
+    def swapping(make):
+        def make_and_swap(path, *rest, **more):
+            make(path, *rest, **more)
+            if path == f"{root}/{made}" and not away.exists():
+                os.rename(path, away)
+                os.symlink(victim, path)
+
+        return make_and_swap
+
+    for call in ("mkdir", "mkfifo"):
+        monkeypatch.setattr(os, call, swapping(getattr(os, call)))
+    with contextlib.suppress(OSError, ValueError):  # refused
+        Maildir(root).add("app@x.org", ["deferred@x.org", "refused@x.org"], MESSAGE)
+        with running(QueueProcessorThread(root, sink.mailer(), 3600)) as passes:
+            wait_until(lambda: passes or caplog.records)
+    assert away.exists() and victim.stat().st_mode == mode
+    assert made == "trigger" or list(victim.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o311, 0o111])
+def test_a_queue_in_a_directory_that_may_not_be_read_can_be_made_and_opened(tmp_path, mode):
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    if mode == 0o111:
+        Maildir(parent / "queue")
+    parent.chmod(mode)
+    done = command_line("--maildir", parent / "queue", ANN, stdin=MESSAGE, preexec_fn=without_root_rights)
+    parent.chmod(0o700)
+    assert (done.returncode, list(state(parent / "queue"))) == (0, ["new"]) and b"ermission" not in done.stderr
+
+
 # -------------------------------------------------------------------------------------------------- the Maildir: states
 
 
@@ -2826,33 +2879,101 @@ def test_guarantee_3_a_living_claim_is_never_robbed_and_a_dead_one_taken_up_at_o
     assert [message.recipients for message in relay.received] == [["ann@x.org"]]
 
 
-@pytest.mark.parametrize("spawn", ["fork()", "subprocess.Popen(['sleep', '60']).pid"])
-def test_guarantee_3_a_child_of_a_dead_processor_does_not_keep_its_claims(queue, relay, background, spawn):
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    code = f"""
-import os, subprocess, sys, time, sendmail
+FORKED_AT_ONCE = """
+import os, sys, threading, time, sendmail
+path, number = sys.argv[1], int(sys.argv[2])
+opened, children, opening = [], [], os.open
+
 def fork():
     reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        return os.read(reader, 1) and child  # it is up
-    os.write(writer, b"x")
-    time.sleep(60)
+    if not (child := os.fork()):
+        os.write(writer, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)  # it is up
+    children.append(child)
+
+def open_and_fork(target, *rest, **more):
+    fd = opening(target, *rest, **more)
+    opened.append(target)
+    if len(opened) == number:
+        forking.start()
+        forking.join(0.3)  # it ends at once, or waits for what we do now
+    return fd
+
+def send(sender, recipients, message):
+    if len(recipients) == 1:
+        if len(opened) >= number:
+            forking.join(20)
+        print(*children, flush=True)
+        os._exit(0)
+
+forking = threading.Thread(target=fork)
+processor = sendmail.QueueProcessorThread(path, type("Mailer", (), {"send": staticmethod(send)})())
+os.open = open_and_fork
+processor.process()
+"""
+
+
+@pytest.mark.parametrize("place", ["new", "cur"])
+@pytest.mark.parametrize("count", [1, 101])  # it dies when it sends to one: at once, or after the file has changed
+def test_guarantee_3_a_child_forked_at_the_wrong_moment_does_not_keep_a_claim(count, place, tmp_path, relay):
+    everybody = [f"{number}@x.org" for number in range(count)]
+    for number in itertools.count(1):
+        queue = Maildir(tmp_path / str(number))
+        put(queue, f"{place}/{NAME}", *everybody)
+        command = python_command(FORKED_AT_ONCE, queue.path, number, options=["-W", "ignore"])
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            child = process.stdout.readline().strip()
+            try:
+                assert process.wait(30) == 0
+                assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1, f"fork at open {number}"
+                assert relay.received[-1].recipients == everybody[-1:]
+            finally:
+                if child:
+                    os.kill(int(child), signal.SIGKILL)
+        if not child:  # there are no more
+            break
+    assert number > 1
+
+
+LOST_DESCRIPTORS = """
+import os, sys, threading, time, sendmail
+met = threading.Barrier(9)
+reader, writer = os.pipe()
+held = lambda: [fd for fd in os.listdir("/proc/self/fd") if "/cur/" in os.path.realpath(f"/proc/self/fd/{fd}")]
+
 class Mailer:
     def send(self, fromaddr, toaddrs, message):
-        print({spawn}, flush=True)
+        met.wait(20)
         time.sleep(60)
-sendmail.QueueProcessorThread({queue.path!r}, Mailer()).process()
+
+for _ in range(8):
+    threading.Thread(target=sendmail.QueueProcessorThread(sys.argv[1], Mailer()).process, daemon=True).start()
+met.wait(20)
+for fd in held()[:4]:
+    os.close(int(fd))  # as a daemon does that closes what it does not know
+child = os.fork()
+if not child:
+    os.write(writer, b"x")
+    time.sleep(60)
+os.read(reader, 1)  # it is up
+print(child, flush=True)
+os._exit(0)
 """
-    process = background(*python_command(code), stdout=subprocess.PIPE)
-    child = int(process.stdout.readline())
-    process.kill()
-    process.wait(20)
-    try:
-        os.kill(child, 0)
-        assert one_pass(queue, relay).sent == 1
-    finally:
-        os.kill(child, signal.SIGKILL)
+
+
+def test_guarantee_3_a_lost_descriptor_keeps_no_other_open_in_a_child(queue, relay):
+    for number in range(8):
+        queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
+    command = python_command(LOST_DESCRIPTORS, queue.path, options=["-W", "ignore"])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        child = int(process.stdout.readline())
+        try:
+            process.wait(20)
+            assert QueueProcessorThread(queue, relay.mailer()).process().sent == 8
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_what_cannot_be_claimed_stops_nothing_is_said_once_and_looked_at_again_after_a_minute(queue, relay, caplog):
@@ -3238,6 +3359,8 @@ def test_no_fault_in_a_commit_leaves_a_message_half_sent(benches: Benches) -> No
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_guarantee_4_file_then_name_then_directory_are_durable_before_commit_returns(bench: Bench, count: int) -> None:
     root = bench.directory / f"durable{count}"
+    if count == 3:
+        Maildir(root)  # by a process that may have died before it was durable
     run = bench.run(ENQUEUE, root, count=count)
     first_file = run.find("openat", f"{root}/tmp/")
     assert run.find("fsync", f"<{root}>") < first_file
@@ -3257,6 +3380,7 @@ def test_guarantee_5_a_changed_recipient_list_is_the_first_thing_written_and_dur
     root = bench.directory / "changed"
     Maildir(root).add("app@x.org", ["sent@x.org", "deferred@x.org", "refused@x.org"], MESSAGE)
     (name,) = state(root)["new"]
+    (root / "deferred").mkdir()  # by another process, which may have died before it was durable
     run = bench.run(PASS, root)
     reply = run.find("recvfrom", "Ok: queued")
     moments = [reply]
@@ -3286,15 +3410,18 @@ def test_guarantee_5_a_changed_recipient_list_is_the_first_thing_written_and_dur
     assert sent_events(run) == {"sent@x.org"}
 
 
-def test_guarantee_5_a_message_given_up_whole_is_durable_in_failed(bench: Bench) -> None:
-    root = bench.directory / "given up"
+@pytest.mark.parametrize("made", [False, True])
+def test_guarantee_5_a_message_given_up_whole_is_durable_in_failed(made: bool, bench: Bench) -> None:
+    root = bench.directory / f"given up {made}"
     Maildir(root).add("app@x.org", ["refused@x.org"], MESSAGE)
+    if made:  # by another process, which may have died before it was durable
+        (root / ".failed/new").mkdir(parents=True)
     run = bench.run(PASS, root)
-    rename = run.find("rename", f'"{root}/.failed/new/')
+    reply, rename = run.find("recvfrom", "550 5.1.1"), run.find("rename", f'"{root}/.failed/new/')
     written = run.find("write", "X-Sendmail-Error: 5.1.1 550 5.1.1 unknown\\n")
     temporary = run.calls[written][1].partition("<")[2].partition(">")[0]
     assert written < run.find("fsync", f"<{temporary}>") < rename
-    assert run.find("fsync", f"<{root}/.failed>") < rename and run.find("fsync", f"<{root}>") < rename
+    assert max(run.find("fsync", f"<{directory}>", reply) for directory in (root, root / ".failed")) < rename
     assert rename < run.find("fsync", f"<{root}/.failed/new>", rename) < run.find("writev", "MailErrorEvent")
 
 
@@ -3353,15 +3480,53 @@ def test_what_cannot_be_made_durable_vetoes_before_a_database_votes(fault, deliv
     assert rows() == 0 and state(queue) == {} and relay.received == []
 
 
+@pytest.mark.parametrize("threads", [0, 1, 2, 5])
+def test_a_failed_fsync_vetoes_even_where_no_more_threads_can_be_started(threads, queue, monkeypatch):
+    fsync, start, started, failed = os.fsync, threading.Thread.start, [], []
+
+    def fail_once(fd):  # the second time Linux says that all is well
+        if failed:
+            fsync(fd)
+        else:
+            failed.append(fd)
+            disk_error()
+
+    def start_few(thread):
+        if len(started) == threads:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    delivery = QueuedMailDelivery(queue)
+    for _ in range(40):
+        delivery.send(SENDER, ANN, MESSAGE)
+    monkeypatch.setattr(os, "fsync", fail_once)
+    monkeypatch.setattr(threading.Thread, "start", start_few)
+    with pytest.raises(OSError):
+        transaction.commit()
+    transaction.abort()
+    assert failed and state(queue) == {}
+
+
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path, request):
     mounted = tmp_path / "small"
     mounted.mkdir()
-    ran = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", mounted], capture_output=True, check=False)
+    size = getattr(request, "param", "64k")
+    ran = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", mounted], capture_output=True, check=False)
     if ran.returncode:
         pytest.skip(f"no right to mount a tmpfs: {ran.stderr.decode().strip()}")
     yield mounted
-    subprocess.run(["umount", mounted], check=True)
+    subprocess.run(["umount", "-l", mounted], check=True)  # lazily: a claim may be kept
+
+
+def fill(disk, room=0):
+    """Fill a small disk but for *room* bytes."""
+    with open(disk / "filler", "ab", buffering=0) as filler:
+        with contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+        filler.truncate(filler.seek(0, os.SEEK_END) - room)
 
 
 @pytest.mark.parametrize("kind", ["queued", "fallback"])
@@ -3379,20 +3544,41 @@ def test_a_full_disk_is_an_error_of_send_and_leaves_nothing_behind(kind, small_d
     assert delivered(queue, relay) == ["fits"]
 
 
-def test_guarantee_5_on_a_full_disk_the_list_is_shortened_in_place_and_nobody_gets_it_twice(small_disk, relay, events):
+@pytest.mark.parametrize("small_disk", ["4m"], indirect=True)
+def test_guarantee_5_on_a_full_disk_a_list_of_any_length_is_shortened_in_place_and_nobody_gets_it_twice(small_disk):
+    everybody = [f"{number:030}@x.org" for number in range(40_000)]  # over a megabyte
     queue = Maildir(small_disk / "queue")
-    queue.add(SENDER, [ANN, BOB], MESSAGE)
-    with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
-        while True:
-            filler.write(bytes(1024))
-    relay.refusals[BOB] = "450 4.2.1 busy"
+    queue.add("app@x.org", everybody, MESSAGE)
+    fill(small_disk)
+    asked = []
+
+    def send(recipients):
+        asked.extend(recipients)
+        return dict.fromkeys(recipients, Reply(450 if 100 < len(asked) <= 79_900 else 250, "so"))
+
+    for hours in range(2):
+        one_pass(queue, calling(send), time.time() + 3601 * hours)
+        assert standing_recipients(queue) == {"deferred": everybody[100:]}
+    assert one_pass(queue, calling(send), time.time() + 3601 * 2).left == 0
+    assert asked == everybody + everybody[100:] * 2
+
+
+def test_guarantee_5_on_a_full_disk_what_is_given_up_is_given_up_once(small_disk, relay, events, run):
+    queue = Maildir(small_disk / "queue")
+    queue.add("app@x.org", [ANN, BOB], b"X-Filler: 1\n" * 400 + MESSAGE)
+    relay.refusals = {ANN: "450 4.2.1 busy", BOB: "550 5.1.1 unknown"}
+    fill(small_disk)
     for hours in range(4):
-        if hours == 3:
-            relay.refusals.clear()
-        one_pass(queue, relay, time.time() + hours * 3601)
-        assert [file.split(b"\n", 2)[1].rstrip() for file in content(queue)] == [b"X-Zope-To: bob@example.com"][hours // 3:]
-    assert [message.recipients for message in relay.received] == [[ANN], [BOB]]
-    assert [event.toaddrs for event in events if isinstance(event, MailSentEvent)] == [(ANN,), (BOB,)]
+        fill(small_disk, 8192)  # for the copy, but not for the shorter file
+        one_pass(queue, relay, time.time() + 3601 * hours)
+        assert standing_recipients(queue) == {"deferred": [ANN], ".failed/new": [BOB]}
+    os.unlink(small_disk / "filler")
+    told = [(type(event), event.toaddrs) for event in events]
+    assert told == [(MailErrorEvent, (BOB,)), *[(MailDeferredEvent, (ANN,))] * 4]
+    relay.refusals = {}
+    assert run("--maildir", queue.path, "--requeue")[0] == 0
+    assert one_pass(queue, relay).sent == 2
+    assert sorted(received.recipients for received in relay.received) == [[ANN], [BOB]]
 
 
 @pytest.mark.parametrize("partly", [False, True])
@@ -3415,6 +3601,7 @@ def test_guarantee_6_what_cannot_be_recorded_is_said_once_and_not_sent_again_by_
             assert processor.process().left == 1
         with transaction.manager:
             DirectMailDelivery(relay.mailer(), fallback=queue).send(SENDER, "more@x.org", MESSAGE)
+        assert command_line("--maildir", queue.path, *to_relay(relay)).returncode == 0
         assert [event.toaddrs for event in events] == [taken, ("more@x.org",)]
         critical = [record.getMessage() for record in caplog.records if record.levelno == logging.CRITICAL]
         assert len(critical) == 1 and f"{queue.path}/cur/" in critical[0]
@@ -3423,6 +3610,53 @@ def test_guarantee_6_what_cannot_be_recorded_is_said_once_and_not_sent_again_by_
     assert len(state(queue)["cur"]) == 1
     one_pass(queue, relay)  # the next process knows of a shorter list alone, if the disk has it after all
     assert [tuple(message.recipients) for message in relay.received] == [taken, ("more@x.org",), *[taken] * (not partly)]
+
+
+UNREACHABLE = """
+import logging, os, sys, sendmail
+path = sys.argv[1]
+logging.basicConfig(format="%(levelname)s %(message)s")
+
+class Mailer:
+    def send(self, fromaddr, toaddrs, message):
+        print(*toaddrs, flush=True)
+        os.chmod(path + "/cur", 0)
+        return {address: sendmail.Reply(450 if "bob" in address else 250, "so") for address in toaddrs}
+
+processor = sendmail.QueueProcessorThread(path, Mailer())
+for _ in range(4):
+    try:
+        processor.process()
+    except OSError as error:
+        logging.error("%s", error)
+    os.chmod(path + "/cur", 0o700)
+"""
+
+
+@pytest.mark.parametrize("recipients", [[ANN], [ANN, BOB]])
+def test_guarantee_6_a_directory_that_cannot_be_searched_for_a_moment_does_not_mean_gone(recipients, queue):
+    queue.add(SENDER, recipients, MESSAGE)
+    done = subprocess.run(python_command(UNREACHABLE, queue.path), capture_output=True, text=True, timeout=60,
+                          preexec_fn=without_root_rights, check=True)
+    assert done.stdout.split().count(ANN) == 1
+    assert done.stderr.count("CRITICAL") == (len(recipients) == 1) and "Permission denied" in done.stderr
+
+
+def test_an_fsync_that_fails_after_giving_up_is_logged_and_hides_no_event(queue, relay, events, monkeypatch, caplog):
+    fsync = os.fsync
+
+    def failing(fd):
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if path == f"{queue.path}/.failed/new" and os.listdir(path):
+            disk_error()
+        fsync(fd)
+
+    relay.data_reply = "550 5.7.1 no"
+    queue.add(SENDER, ANN, MESSAGE)
+    monkeypatch.setattr(os, "fsync", failing)
+    assert one_pass(queue, relay).failed == 1
+    assert state(queue).keys() == {".failed/new"} and [type(event) for event in events] == [MailErrorEvent]
+    assert [record for record in caplog.records if "Input/output error" in record.getMessage()]
 
 
 @pytest.mark.parametrize(("fails", "place"), [("/cur/", "new"), ("/deferred/", "cur")])
@@ -4278,6 +4512,25 @@ def test_a_second_signal_ends_at_once_and_the_next_pass_recovers(queue, sink, re
     assert (len(relay.received), state(queue)) == (1, {})
 
 
+def test_a_second_interrupt_ends_an_exit_that_waits_for_the_relay(queue, sink, relay, background):
+    code = """
+import sys, time, sendmail
+sendmail.QueueProcessorThread(sys.argv[1], sendmail.SMTPMailer("127.0.0.1", int(sys.argv[2])), 0.05).start()
+time.sleep(60)
+"""
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    sink.gate.clear()
+    process = background(*python_command(code, queue.path, sink.port), stderr=subprocess.PIPE,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_until(lambda: sink.taken)
+    process.send_signal(signal.SIGINT)
+    assert any(line.startswith(b"KeyboardInterrupt") for line in iter(process.stderr.readline, b""))
+    assert process.poll() is None and list(state(queue)) == ["cur"]
+    wait_until(lambda: process.send_signal(signal.SIGINT) or process.poll() is not None)
+    assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1
+    assert "ten minutes" in " ".join(QueueProcessorThread.start.__doc__.split())
+
+
 @pytest.mark.parametrize(("ending", "passes"), [("sys.exit()", 2), ("processor.stop(), os._exit(0)", 3)])
 def test_whatever_a_forked_child_does_to_its_copy_the_processor_neither_stops_nor_spins(queue, ending, passes):
     code = f"""
@@ -4422,6 +4675,32 @@ def test_neither_an_idle_pass_nor_fresh_mail_lists_what_is_deferred(bench: Bench
     assert "connect" not in idle and len(idle) <= 3 * 32
     print(f"20,000 deferred: {len(idle) / 3:.0f} calls in an idle pass, then {run.told[-1]}")
     assert run.told[-1] == "1 sent, 20000 left" and bench.sink.recipients() == ["fresh@x.org"]
+
+
+def test_a_message_with_many_replies_costs_no_square_of_their_number(queue, events, monkeypatch):
+    comparisons, equal = [], Reply.__eq__
+    monkeypatch.setattr(Reply, "__eq__", lambda one, other: comparisons.append(1) or equal(one, other))
+    monkeypatch.setattr(Reply, "__hash__", lambda reply: hash((reply.code, reply.text)))
+    everybody = [f"{number}@x.org" for number in range(1000)]
+    queue.add("app@x.org", everybody, MESSAGE)
+    mailer = calling(lambda to: {address: Reply(450, f"4.2.1 {address}") for address in to})
+    assert QueueProcessorThread(queue, mailer).process().deferred == 1
+    assert [event.toaddrs for event in events] == [(address,) for address in everybody]
+    assert len(comparisons) < 10 * len(everybody)
+
+
+def test_a_message_in_many_groups_is_not_written_again_for_each(queue):
+    size = 3_000_000
+    queue.add("app@x.org", [f"{number}@x.org" for number in range(1000)], MESSAGE + b"x" * size)
+
+    def written():
+        return int(re.search(r"wchar: (\d+)", pathlib.Path("/proc/self/io").read_text())[1])
+
+    before = written()
+    mailer = calling(lambda to: {address: Reply(450 if "7" in address else 250, "so") for address in to})
+    counts = QueueProcessorThread(queue, mailer).process()
+    assert (counts.sent, counts.deferred) == (1, 1) and written() - before < 3 * size
+    assert f'To: {", ".join(f"{n}@x.org" for n in range(1000) if "7" in str(n))}\n'.encode() in content(queue)[0]
 
 
 # -------------------------------------------------------------------- for users: arguments, addresses, foreign messages
@@ -4751,13 +5030,25 @@ def limited(*limits: tuple[int, int]) -> Callable[[], None]:
     return lambda: [resource.setrlimit(name, (value, value)) for name, value in limits] and None
 
 
-@pytest.mark.parametrize("text", ["<", ",", '"', "(", "[", "\\", "a,", "a <", "(a) ", "a@x.org,\n "])
-def test_a_hostile_header_costs_a_bounded_time_and_is_refused_in_one_line_or_taken(queue, text):
-    message = f"To: group:{text * (1_000_000 // len(text))};\n\n".encode()
-    done = command_line("--maildir", queue.path, "--domain", "x.org", "-t", stdin=message,
-                        preexec_fn=limited((resource.RLIMIT_CPU, 10)))  # fmt: skip
-    assert (done.returncode, len(done.stderr.splitlines())) in [(0, 0), (65, 1)]
-    assert len(done.stderr) < 2000 and bool(state(queue)) == (done.returncode == 0)
+@pytest.mark.parametrize("text", [
+    "<", ",", '"', "(", "[", "\\", "a,", "a <", "(a) ", "a@x.org,\n ", '"\\', "=?utf-8?q?a?= ", "=?q?b?"])
+def test_a_hostile_header_or_envelope_costs_a_bounded_time_and_is_refused_in_one_line_or_taken(queue, text):
+    def bounded(*arguments, stdin=b""):
+        done = command_line("--maildir", queue.path, *arguments, stdin=stdin,
+                            preexec_fn=limited((resource.RLIMIT_CPU, 10)))
+        assert (done.returncode, len(done.stderr) < 3000) in [(0, True), (65, True)]
+        return done
+
+    long = f"group:{text * (1_000_000 // len(text))};\n\n".encode()
+    done = bounded("--domain", "x.org", "-t", stdin=b"To: " + long)
+    assert (done.returncode, len(done.stderr.splitlines())) == ((0, 0) if state(queue) else (65, 1))
+    for number, lines in enumerate((
+        b"X-Zope-From: a@x.org\nX-Zope-To: ", b"X-Actually-From: a@x.org\nX-Actually-To: ",
+        b"X-Zope-From: a@x.org\nX-Zope-To: b@x.org\nSubject: ",
+    )):
+        pathlib.Path(queue.path, "new", f"{number}.x").write_bytes(lines + long)
+    bounded("--list", "--json")
+    bounded("--print")
 
 
 def test_a_header_costs_no_multiple_of_its_size(queue):
@@ -5134,7 +5425,7 @@ def test_main_leaves_the_process_as_it_found_it(run, queue, relay, monkeypatch):
         log = logging.getLogger("sendmail")
         signals = [signal.getsignal(number) for number in range(1, signal.NSIG)]
         logs = log.level, [(handler, handler.formatter) for handler in log.handlers], log.propagate
-        return signals, logs, dict(os.environ), [*sendmail._handlers], os.getresuid()
+        return signals, logs, dict(os.environ), os.getcwd(), [*sendmail._handlers], os.getresuid(), os.getgroups()
 
     monkeypatch.setenv("POSIXLY_CORRECT", "1")
     monkeypatch.setattr(logging.getLogger("sendmail"), "level", 37)
@@ -5905,9 +6196,10 @@ def test_services_of_the_readme_send(name, background, tmp_path):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="two users are needed, and only root can be them")
-def test_spool_of_the_readme_is_filled_by_one_user_and_emptied_by_another(relay):
-    """Whatever their umask; and neither can put another directory in the place of one of the queue's."""
-    commands = example("**A spool for two users**")
+@pytest.mark.parametrize("closed", [True, False])
+def test_spool_of_the_readme_is_filled_by_one_user_and_emptied_by_another(closed, relay):
+    """Whatever their umask; and, if it is *closed*, neither can put another directory in the place of one of its."""
+    commands = example("**A spool for two users**") if closed else "install -d -m 2770 -g mail /srv/spool"
     relay.refusals = {"refused@example.com": "550 5.1.1 no", "busy@example.com": "450 4.2.1 busy"}
 
     def become(uid: int) -> None:
@@ -5919,7 +6211,7 @@ def test_spool_of_the_readme_is_filled_by_one_user_and_emptied_by_another(relay)
     def web() -> None:
         become(4001)
         Maildir(root).add("app@x.org", [ANN, "refused@example.com", "busy@example.com"], MESSAGE)
-        for made in (root / "other", root / ".failed" / "other"):
+        for made in (root / "other", root / ".failed" / "other") * closed:
             with contextlib.suppress(PermissionError):
                 made.mkdir()
                 os._exit(2)
@@ -5944,7 +6236,7 @@ def test_spool_of_the_readme_is_filled_by_one_user_and_emptied_by_another(relay)
         assert standing_recipients(Maildir(root)) == {
             "deferred": ["busy@example.com"] * 2, ".failed/new": ["refused@example.com"] * 2}
         assert {path.stat().st_gid for path in root.rglob("*")} == {group}
-        assert {path for path in root.rglob("*") if not path.is_file()} == made
+        assert not closed or {path for path in root.rglob("*") if not path.is_file()} == made
 
 
 def test_every_option_that_the_readme_names_is_in_the_help():
