@@ -2272,10 +2272,10 @@ class QueueProcessorThread(threading.Thread):
         counts = courier.counts
         counts.left = self._take_up_dead_claims()
         fresh = self._fresh()
-        counts.left += len(fresh)
         if not fresh:
             self._look_at_deferred()
-        if (fresh or self._retries) and budget >= 1 and not self._stopping:
+        due = bool(fresh or self._retries)
+        if due and budget >= 1 and not self._stopping:
             if woken and len(fresh) > 1:
                 queue._wake()  # the next processor
             try:
@@ -2284,6 +2284,7 @@ class QueueProcessorThread(threading.Thread):
             except RelayUnavailable as error:
                 counts.outage = error
             self._look_at_deferred()  # if that was not done yet
+        if due or self._left_alone:  # or else new/ is empty, and cur/ as it was
             counts.left = sum(1 for directory in ("new", "cur") for _ in queue._names(directory))
         counts.left += self._waiting
         if counts.outage is not None:
