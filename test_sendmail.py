@@ -294,7 +294,7 @@ class Scripted:
     """A small SMTP server for what no real one does on demand: *dialogue(connection)* runs for each connection.
 
     `connection.line()` reads a command ('' at the end), `connection.say(text)` writes lines, `connection.data()` reads
-    up to the dot, `connection.close()` closes; `connection.greet(*extensions)` does banner and EHLO.
+    up to the dot, `connection.close()` closes.
     """
 
     def __init__(self, dialogue: Callable[[Connection], None], host: str = "127.0.0.1") -> None:
@@ -340,12 +340,6 @@ class Connection:
     def say(self, text: str) -> None:
         self.sock.sendall(text.replace("\n", "\r\n").encode() + b"\r\n")
 
-    def greet(self, *extensions: str) -> None:
-        self.say("220 scripted ESMTP")
-        self.line()
-        names = ("scripted", *extensions)
-        self.say("\n".join(f"250{' ' if name is names[-1] else '-'}{name}" for name in names))
-
     def data(self) -> bytes:
         lines = []
         while (line := self.file.readline()) not in (b".\r\n", b""):
@@ -373,6 +367,7 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
         server.close()
 
 
+CHUNKING = ("PIPELINING", "CHUNKING")
 USUAL = {
     "greeting": "220 scripted ESMTP", "EHLO": "250 scripted", "MAIL": "250 2.1.0 Ok", "RCPT": "250 2.1.5 Ok",
     "DATA": "354 go on", "BDAT": "250 2.0.0 go on", "nobody": "503 5.5.1 no valid recipients",
@@ -408,7 +403,10 @@ def answering(*extensions: str, tls: ssl.SSLContext | None = None, **answers: An
         while line := connection.line():
             verb = line.partition(" ")[0].upper()
             if verb == "BDAT":
-                chunks.append(connection.file.read(int(line.split()[1])))
+                size = int(line.split()[1])
+                chunks.append(connection.file.read(size))
+                if len(chunks[-1]) < size:
+                    return
                 step = ("end" if line.endswith("LAST") else "BDAT") if accepted else "nobody"
                 if step == "end":
                     connection.messages.append(b"".join(chunks))
@@ -520,44 +518,34 @@ class Sink:
     def mailer(self) -> SMTPMailer:
         return SMTPMailer("127.0.0.1", self.port, timeout=30)
 
-    def _serve(self, connection: Connection) -> None:
+    def _serve(self, connection: Any) -> None:
         with self.lock:
             self.busy += 1
+        connection.accepted = []
         try:
-            self._talk(connection)
+            answering(*CHUNKING, MAIL=self._next, RCPT=self._recipient, end=self._end,
+                      RSET=self._next, QUIT=self._next)(connection)
         finally:
             with self.lock:
                 self.busy -= 1
 
-    def _talk(self, connection: Connection) -> None:
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.greet("PIPELINING", "CHUNKING")
-        accepted: list[str] = []
-        while line := connection.line():
-            self.last[connection] = []  # what was taken before this line was certainly settled
-            if line.startswith("RCPT"):
-                address = line[len("RCPT TO:<") : -1]
-                reply = {"deferr": "450 4.2.1 busy", "refuse": "550 5.1.1 unknown"}.get(address[:6], "250 2.1.5 Ok")
-                accepted += [address] * reply.startswith("250")
-                connection.say(reply)
-            elif line.startswith("BDAT"):
-                size = int(line.split()[1])
-                data = connection.file.read(size)
-                if len(data) < size:
-                    return
-                if not accepted:
-                    connection.say("554 5.5.1 no valid recipients")
-                    continue
-                self.last[connection] = accepted
-                with self.lock:
-                    self.taken += [(address, connection, data) for address in accepted]
-                self.gate.wait(60)
-                time.sleep(self.delay)
-                connection.say("250 2.0.0 Ok: queued")
-                accepted = []
-            else:
-                accepted = [] if line.startswith("MAIL") else accepted
-                connection.say("250 2.0.0 Ok")
+    def _next(self, _line: str, connection: Any) -> str:
+        self.last[connection], connection.accepted = [], []  # what was taken before is certainly settled
+        return "250 2.0.0 Ok"
+
+    def _recipient(self, line: str, connection: Any) -> str:
+        address = line[len("RCPT TO:<") : -1]
+        reply = {"deferr": "450 4.2.1 busy", "refuse": "550 5.1.1 unknown"}.get(address[:6], "250 2.1.5 Ok")
+        connection.accepted += [address] * reply.startswith("250")
+        return reply
+
+    def _end(self, _line: str, connection: Any) -> str:
+        self.last[connection] = connection.accepted
+        with self.lock:
+            self.taken += [(address, connection, connection.messages[-1]) for address in connection.accepted]
+        self.gate.wait(60)
+        time.sleep(self.delay)
+        return "250 2.0.0 Ok: queued"
 
     def recipients(self) -> list[str]:
         return sorted(address for address, _, _ in self.taken)
@@ -1037,14 +1025,21 @@ def test_a_mailer_that_returns_what_nobody_understands_has_sent_and_once(queue, 
     {"c@x.org": (450, b"4.2.1 busy"), "d@x.org": (550, b"5.1.1 unknown")},
     {"b@x.org": "unintelligible", "c@x.org": Reply(450, "4.2.1 busy"), "d@x.org": Reply(550, "5.1.1 unknown")},
 ], ids=["replies", "as smtplib's sendmail", "one that is none"])
-def test_guarantee_1_every_recipient_has_its_own_fate_and_stands_in_a_file_until_it_is_sent(queue, events, does):
-    queue.add("app@x.org", ["b@x.org", "c@x.org", "d@x.org"], MESSAGE)
-    assert standing_recipients(queue) == {"new": ["b@x.org", "c@x.org", "d@x.org"]}
-    counts = QueueProcessorThread(queue, Does(does)).process()
-    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
+def test_guarantee_1_every_recipient_has_its_own_fate_and_stands_in_a_file_until_it_is_sent(kind, queue, events, does):
+    recipients = ["b@x.org", "c@x.org", "d@x.org"]
+    if kind == "queued":
+        queue.add("app@x.org", recipients, MESSAGE)
+        assert standing_recipients(queue) == {"new": recipients}
+        counts = one_pass(queue, Does(does))
+        assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
+    else:
+        make_delivery(kind, queue, Does(does)).send("app@x.org", recipients, MESSAGE)
+        transaction.commit()
+    later = MailErrorEvent if kind == "direct" else MailDeferredEvent
     assert {(type(event), event.toaddrs) for event in events} == {
-        (MailSentEvent, ("b@x.org",)), (MailDeferredEvent, ("c@x.org",)), (MailErrorEvent, ("d@x.org",))}
-    assert standing_recipients(queue) == {"deferred": ["c@x.org"], ".failed/new": ["d@x.org"]}
+        (MailSentEvent, ("b@x.org",)), (later, ("c@x.org",)), (MailErrorEvent, ("d@x.org",))}
+    if kind != "direct":
+        assert standing_recipients(queue) == {"deferred": ["c@x.org"], ".failed/new": ["d@x.org"]}
 
 
 @pytest.mark.parametrize(("age", "delay"), [
@@ -1101,17 +1096,17 @@ def test_state_deferred_adds_a_time_to_the_name_and_a_claim_takes_it_off(queue, 
     assert sorted(claimed) == sorted(names * 3)
 
 
-@pytest.mark.parametrize(("how", "limit"), [("processor", 5 * DAY), ("command line", 5 * DAY), ("max_age", 3600)])
+@pytest.mark.parametrize(("how", "limit"), [("", 5 * DAY), ("max_age", 3600), ("--max-age 1", DAY), ("--verbose", 5 * DAY)])
 @pytest.mark.parametrize(("margin", "place"), [(-30, "deferred"), (30, ".failed/new")])
 def test_a_reply_that_would_defer_gives_up_what_is_older_than_max_age_or_five_days(
     how, limit, margin, place, run, queue, relay
 ):
     relay.refusals = {BOB: "450 4.2.1 busy"}
     put(queue, f"new/{int(time.time()) - limit - margin}.M000000P1Q1.host", ANN, BOB)
-    if how == "command line":
-        assert run("--maildir", queue.path, *to_relay(relay))[0] == 0
+    if how.startswith("--"):
+        assert run("--maildir", queue.path, *to_relay(relay), *how.split())[0] == 0
     else:
-        counts = one_pass(queue, relay, **{"max_age": limit} if how == "max_age" else {})
+        counts = one_pass(queue, relay, **{how: limit} if how else {})
         assert (counts.sent, counts.deferred, counts.failed) == (1, margin < 0, margin > 0)
     assert list(state(queue)) == [place] and relay.received[0].recipients == [ANN]
     assert b"X-Zope-To: bob@example.com\nX-Sendmail-Error: 4.2.1 450 4.2.1 busy\n" in content(queue)[0]
@@ -1281,9 +1276,16 @@ def test_no_handler_runs_before_every_data_manager_is_finished(delivery):
 # -------------------------------------------------------------------------------------- the envelope, hostile addresses
 
 
+def as_of_repoze(sender, recipients, message=MESSAGE):
+    """A file of repoze.sendmail's: the envelope stands, encoded and folded, behind the headers of the message."""
+    headers, _, body = message.partition(b"\n\n")
+    envelope = [email.header.Header(text, "utf-8").encode() for text in (sender, ",".join(recipients))]
+    return headers + "\nX-Actually-From: {}\nX-Actually-To: {}\n\n".format(*envelope).encode() + body
+
+
 @pytest.mark.parametrize("message", [
     MESSAGE, MESSAGE.replace(b"\n", b"\r\n"), MESSAGE + b"\0\xff\r\n.\n\r", MESSAGE[:-1], MESSAGE.decode() + "Grüße\n",
-    b"X-Sendmail-Error: mine\n" + MESSAGE,
+    b"X-Sendmail-Error: mine\n" + MESSAGE, as_of_repoze("eve@x.org", ["eve@x.org"]),
 ])
 def test_a_complete_message_is_queued_byte_for_byte_and_text_as_utf_8(queue, message):
     seen = []
@@ -1460,13 +1462,6 @@ def test_what_comes_from_outside_cannot_break_a_line_of_the_log_or_the_envelope(
             assert text.endswith(message)
 
 
-def as_of_repoze(sender, recipients, message=MESSAGE):
-    """A file of repoze.sendmail's: the envelope stands, encoded and folded, behind the headers of the message."""
-    headers, _, body = message.partition(b"\n\n")
-    envelope = [email.header.Header(text, "utf-8").encode() for text in (sender, ",".join(recipients))]
-    return headers + "\nX-Actually-From: {}\nX-Actually-To: {}\n\n".format(*envelope).encode() + body
-
-
 FATES = {"dora@example.com": "deferred", "fred@example.com": "failed"}
 MANY = [f"recipient{number}@example.com" for number in range(50)]
 
@@ -1508,20 +1503,11 @@ def test_what_only_looks_like_a_file_of_repoze_sendmail_is_sent_to_nobody(queue,
     assert (relay.received, list(state(queue)), content(queue)) == ([], [".failed/new"], [file])
 
 
-def test_headers_of_repoze_sendmail_are_an_ordinary_part_of_a_message_of_ours(queue, relay):
-    message = as_of_repoze("eve@x.org", ["eve@x.org"])
-    queue.add(SENDER, ANN, message)
-    QueueProcessorThread(queue, relay.mailer()).process()
-    [received] = relay.received
-    assert (received.sender, received.recipients, received.content) == (SENDER, [ANN], crlf(message))
-
-
 # ------------------------------------------------------------------------------------- the mailers: replies on the wire
 
 LOGIN = {"username": "ann", "password": "secret"}
 LOGIN_WANTED = [f"{code} 5.7.0 log in first" for code in (530, 534, 535, 538)]
 BROKEN = [None, "", "what?", "\xff\xfe\x00", "999 what?", "20 what?", "2" * 9000, "byte by byte", "of 1,001 lines"]
-CHUNKING = ("PIPELINING", "CHUNKING")
 MODES = {  # what is offered, and a message for which that makes a difference
     "stepwise": ((), MESSAGE * 1000), "pipelined": (("PIPELINING",), MESSAGE * 1000),
     "one write": (CHUNKING, MESSAGE), "chunks": (CHUNKING, MESSAGE * 1000)}
@@ -1741,20 +1727,6 @@ def test_a_reply_too_many_is_not_taken_for_that_to_the_next_message(scripted, mo
 def test_what_was_refused_stays_so_if_the_relay_then_hangs_up(scripted, mode, answers, statuses):
     replies = smtp_send(scripted(in_mode(mode, **answers)), "bad@x.org", "b@x.org", message=MODES[mode][1])
     assert [reply.status for reply in replies.values()] == statuses
-
-
-def test_replies_that_arrive_byte_by_byte_are_understood(scripted):
-    def dialogue(connection):
-        def say(text):
-            for byte in (text.replace("\n", "\r\n") + "\r\n").encode():
-                connection.sock.sendall(bytes([byte]))
-
-        connection.say = say
-        replies = {"RCPT TO:<c@x.org>": "550-5.1.1 no\n550 5.1.1 such user"}
-        answering(*CHUNKING, RCPT=lambda line, _: replies.get(line, "250-Ok\n250 Ok"))(connection)
-
-    replies = smtp_send(scripted(dialogue), "b@x.org", "c@x.org")
-    assert replies == {"b@x.org": Reply(250, "2.0.0 Ok: queued"), "c@x.org": Reply(550, "5.1.1 no 5.1.1 such user")}
 
 
 @pytest.mark.parametrize("mode", ["stepwise", "one write"])
@@ -2673,32 +2645,25 @@ def test_add_raises_where_the_message_cannot_be_shown_and_leaves_litter(queue: M
     assert state(queue).keys() == {"tmp"}
 
 
-def test_the_path_of_a_queue_goes_where_it_goes_for_everybody_else_and_stays(tmp_path, monkeypatch):
-    for name in ("releases/42", "gone"):
+def test_the_path_of_a_queue_goes_where_it_goes_for_everybody_else_and_stays(tmp_path, relay, monkeypatch):
+    for name in ("releases/42", "gone", "real"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "current").symlink_to("releases/42")
+    (tmp_path / "link").symlink_to("real")
     monkeypatch.chdir(tmp_path)
-    queues = [Maildir("relative"), Maildir("current/../queue")]
+    queues = [Maildir("relative"), Maildir("current/../queue"), Maildir("link")]
     before = set(tmp_path.rglob("*"))
     with pytest.raises(FileNotFoundError):
         Maildir("")
     assert set(tmp_path.rglob("*")) == before
     monkeypatch.chdir("gone")
     (tmp_path / "gone").rmdir()
+    relay.data_reply = "550 5.7.1 no"
     for queue in (*queues, Maildir(tmp_path / "absolute")):
         queue.add(SENDER, ANN, MESSAGE)
-    assert [list(state(tmp_path / path)) for path in ("relative", "releases/queue", "absolute")] == [["new"]] * 3
-
-
-def test_a_queue_behind_a_link_is_made_and_gives_up_at_once(tmp_path: pathlib.Path, relay: Relay) -> None:
-    (tmp_path / "real" / "q").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    (tmp_path / "q").symlink_to(tmp_path / "real" / "q")
-    relay.data_reply = "550 5.7.1 no"
-    for path in (tmp_path / "link" / "other", tmp_path / "q"):
-        Maildir(path).add(SENDER, ANN, MESSAGE)
-        assert one_pass(path, relay).failed == 1
-        assert list(state(path)) == [".failed/new"]
+        assert one_pass(queue, relay).failed == 1
+    for path in ("relative", "releases/queue", "real", "absolute"):
+        assert state(tmp_path / path).keys() == {".failed/new"}
 
 
 DIRECTORIES = ["tmp", "new", "cur", "deferred", ".failed", ".failed/tmp", ".failed/new", ".failed/cur"]
@@ -3105,20 +3070,6 @@ def test_no_file_is_opened_in_a_way_that_follows_a_link(bench: Bench) -> None:
     assert [text for text in opened if not re.search("O_NOFOLLOW|O_EXCL|O_DIRECTORY", text)] == []
 
 
-@pytest.mark.parametrize("made_again", [False, True])
-def test_a_trigger_that_was_removed_makes_a_processor_deaf_for_one_pass_alone(queue, relay, made_again):
-    processor = QueueProcessorThread(queue, relay.mailer(), 3600)
-    with running(processor) as passes:
-        wait_until(lambda: passes)
-        os.unlink(f"{queue.path}/trigger")
-        if made_again:
-            os.mkfifo(f"{queue.path}/trigger")
-        os.write(processor._bell[1], b"\0")  # the interval is over
-        wait_until(lambda: len(passes) == 2)
-        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-        wait_until(lambda: relay.received)
-
-
 @pytest.fixture
 def trigger(queue):
     """Reads a byte for each wake-up since the last time."""
@@ -3268,24 +3219,6 @@ def test_no_kill_in_a_direct_delivery_with_a_fallback_loses_what_was_committed(b
 
     points = kill_points(traced)
     assert_kills("a direct delivery", points, benches.sweep(kill_in_direct, points))
-
-
-def test_an_interrupt_while_a_direct_delivery_sends_leaves_one_dead_claim(queue, relay):
-    sent = []
-
-    def send(recipients):
-        sent.extend(recipients)
-        if len(sent) == 2:
-            raise KeyboardInterrupt
-
-    delivery = DirectMailDelivery(calling(send), fallback=queue)
-    for number in range(4):
-        delivery.send(SENDER, ANN, a_message(f"n{number}"))
-    with contextlib.suppress(KeyboardInterrupt):
-        transaction.commit()
-    transaction.abort()
-    assert {directory: len(names) for directory, names in state(queue).items()} == {"new": 2, "cur": 1}
-    assert sorted(delivered(queue, relay)) == ["n1", "n2", "n3"]
 
 
 @pytest.mark.sweep
@@ -3809,24 +3742,28 @@ def test_a_committed_message_that_cannot_be_renamed_is_kept_for_a_year_and_told_
     assert stuck.exists() and subjects(relay.received) == ["free"]
 
 
-@pytest.mark.parametrize("kind", ["queued", "fallback"])
-def test_an_interrupt_in_the_middle_of_finish_leaves_no_committed_message_in_tmp(delivery, queue, relay, monkeypatch):
+@pytest.mark.parametrize(("kind", "where"), [("queued", "rename"), ("fallback", "rename"), ("fallback", "send")])
+def test_an_interrupt_in_the_middle_of_finish_loses_no_committed_message(kind, where, queue, relay, monkeypatch):
     rename, calls = os.rename, []
 
-    def interrupted(*paths):
-        calls.append(paths)
+    def interrupted(*arguments):
+        calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt  # by its signal handler, which can run between any two lines
-        rename(*paths)
+        if where == "rename":
+            rename(*arguments)
 
+    delivery = make_delivery(kind, queue, relay.mailer() if where == "rename" else calling(interrupted))
     for number in range(5):
         delivery.send(SENDER, ANN, a_message(f"n{number}"))
-    monkeypatch.setattr(os, "rename", interrupted)
+    if where == "rename":
+        monkeypatch.setattr(os, "rename", interrupted)
     with contextlib.suppress(KeyboardInterrupt):
         transaction.commit()
     transaction.abort()
     assert "tmp" not in state(queue)
-    assert sorted(delivered(queue, relay)) == [f"n{number}" for number in range(5)]
+    sent = 2 * (where == "send")  # and the third is an ordinary dead claim
+    assert sorted(delivered(queue, relay)) == [f"n{number}" for number in range(sent, 5)]
 
 
 @pytest.mark.parametrize("kind", ["queued", "direct"])
@@ -4132,21 +4069,6 @@ def test_an_integrity_error_sends_nothing(guarantor, delivery, sqlite, queue, re
     assert rows() == 1 and state(queue) == {} and relay.received == []
 
 
-def test_mail_is_sent_after_the_row_is_visible_from_another_connection(kind, sqlite, queue):
-    insert, rows = sqlite
-    seen = []
-
-    class Looking:
-        def send(self, fromaddr, toaddrs, message): seen.append(rows())
-
-    with running(QueueProcessorThread(queue, Looking(), 0.01)):
-        with transaction.manager:
-            make_delivery(kind, queue, Looking()).send(SENDER, ANN, MESSAGE)
-            insert(1, 1)
-        wait_until(lambda: seen)
-    assert seen == [1]
-
-
 # ----------------------------------------------------------------------------------------------------------- deliveries
 
 
@@ -4239,27 +4161,6 @@ def test_a_wrong_argument_is_named_at_once(queue, name, make, value):
     with pytest.raises((TypeError, ValueError), match=rf"\b({name})\b"):
         make(queue, value)
     assert state(queue) == {}
-
-
-@pytest.mark.parametrize("kind, refusal, expected, places", [
-    ("direct", "550 5.1.1 no", (MailErrorEvent, "5.1.1"), []),
-    ("direct", "450 4.2.1 busy", (MailErrorEvent, "4.2.1"), []),
-    ("fallback", "550 5.1.1 no", (MailErrorEvent, "5.1.1"), [".failed/new"]),
-    ("fallback", "450 4.2.1 busy", (MailDeferredEvent, "4.2.1"), ["deferred"]),
-])
-def test_a_direct_delivery_tells_and_keeps_what_became_of_each_recipient(
-    delivery, refusal, expected, places, queue, relay, events
-):
-    relay.refusals = {BOB: refusal}
-    delivery.send(SENDER, [ANN, BOB], a_message("one"))
-    transaction.commit()
-    outcomes = {event.toaddrs: (type(event), getattr(event, "delivery_status", "sent")) for event in events}
-    assert len(events) == 2 and outcomes == {(ANN,): (MailSentEvent, "sent"), (BOB,): expected}
-    assert list(state(queue)) == places
-    assert [line for text in content(queue) for line in text.splitlines() if b"X-Zope-To" in line] == [
-        b"X-Zope-To: " + BOB.encode()] * len(places)
-    if places == ["deferred"]:
-        assert events[-1].retry_at == int(state(queue)["deferred"][0][:10])
 
 
 @pytest.mark.parametrize("kind", ["direct", "fallback"])
@@ -4577,14 +4478,10 @@ def test_a_second_signal_ends_at_once_and_the_next_pass_recovers(queue, sink, re
 
 
 def test_a_second_interrupt_ends_an_exit_that_waits_for_the_relay(queue, sink, relay, background):
-    code = """
-import sys, time, sendmail
-sendmail.QueueProcessorThread(sys.argv[1], sendmail.SMTPMailer("127.0.0.1", int(sys.argv[2])), 0.05).start()
-time.sleep(60)
-"""
     queue.add("app@x.org", ["ann@x.org"], MESSAGE)
     sink.gate.clear()
-    process = background(*python_command(code, queue.path, sink.port), stderr=subprocess.PIPE,
+    process = background(*python_command(RUNNING, queue.path, sink.port), stdin=subprocess.PIPE,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_until(lambda: sink.taken)
     process.send_signal(signal.SIGINT)
@@ -4892,7 +4789,6 @@ def test_dot_alone_ends_the_message_only_without_i_and_every_other_byte_is_kept(
     assert relay.received[0].content == crlf(head + kept)
 
 
-@pytest.mark.parametrize("options", ["", "-f a@example.com -F 'Jörg, the App'", "-f <>"])
 @pytest.mark.parametrize(("message", "rest"), [
     (b"Subject: hi\r\n\r\nbody\r\n", b"Subject: hi\r\n\r\nbody\r\n"),
     (b"no headers: at all\n", b"\nno headers: at all\n"),  # a space is no part of a header's name (RFC 5322, 2.2)
@@ -4900,10 +4796,9 @@ def test_dot_alone_ends_the_message_only_without_i_and_every_other_byte_is_kept(
     (b"\nafter a blank line\n", b"\nafter a blank line\n"), (b"", b""),
     (b"From ann Tue Nov 24 10:00:00 2026\nSubject: mbox\n\nFrom here\n", b"Subject: mbox\n\nFrom here\n"),
 ], ids=["crlf", "one-header", "no-header", "blank", "empty", "mbox"])
-def test_missing_headers_are_added_before_the_rest(run, queue, options, message, rest):
-    call = ["--maildir", queue.path, "--domain", "example.org", ANN, *shlex.split(options)]
-    assert run(*call, stdin=message) == (0, "", "")
-    sender, _, stored = queued(queue)
+def test_missing_headers_are_added_before_the_rest(run, queue, message, rest):
+    assert run("--maildir", queue.path, ANN, stdin=message) == (0, "", "")
+    stored = queued(queue)[2]
     assert stored.endswith(rest)
     added = stored[: len(stored) - len(rest)]
     assert not rest or added.count(b"\n") == 3
@@ -4911,16 +4806,12 @@ def test_missing_headers_are_added_before_the_rest(run, queue, options, message,
     assert sorted(set(parsed) - {"Subject"}) == ["Date", "From", "Message-Id"]
     assert parsed["Date"].datetime
     assert re.fullmatch(r"<[^<>@\s]+@[^<>@\s]+>", parsed["Message-Id"])
-    author = parsed["From"].addresses[0]
-    if "Jörg" in options:
-        assert (author.display_name, author.addr_spec, sender) == ("Jörg, the App", "a@example.com", "a@example.com")
-    else:
-        assert (author.addr_spec, sender) == ((ME, ME) if not options else ("MAILER-DAEMON@example.org", ""))
 
 
 @pytest.mark.parametrize(("arguments", "author"), [
     ("-f jörg@example.com", "jörg@example.com"), ("-f '' --domain bücher.example", "MAILER-DAEMON@bücher.example"),
     ("-f jörg@example.com -F 'Jörg <>'", "=?utf-8?b?SsO2cmcgPD4=?= <jörg@example.com>"),
+    ("-f eve@example.com -F 'Eve, the App'", '"Eve, the App" <eve@example.com>'),
     ("-f eve@example.com -F Eve", "Eve <eve@example.com>"), ("-f eve@example.com", "eve@example.com"),
     ("-f eve@example.com -F 'Eve\nReply-To: eve@evil.org'", None), ("", f"{USER}@{socket.gethostname()}"),
 ])
@@ -5241,13 +5132,6 @@ def test_options_reach_the_processor(run, queue, relay):
     assert (relay.received, [*map(len, state(queue).values())]) == ([], [2, 1]), "Fred is deferred"
     assert run(*call, "--batch", 1) == (0, "", "")
     assert [received.recipients for received in relay.received] == [[ANN]]
-    relay.refusals = {BOB: "450 4.2.1 try later"}
-    [old] = state(queue)["new"]
-    new = pathlib.Path(queue.path) / "new"
-    (new / old).rename(new / f"{int(time.time()) - 36 * 3600}.{old.partition('.')[2]}")
-    os.utime(new / state(queue)["new"][0], (1, 1))
-    assert run(*call, "--max-age", 1)[0] == 0
-    assert len(state(queue)[".failed/new"]) == 1
 
 
 @pytest.mark.parametrize(("arguments", "chosen"), [
