@@ -529,6 +529,10 @@ class Reply:
         return Reply(451, f"4{self.status[1:]} {self}", self.relay)
 
 
+_ACCEPTED = Reply(250, "2.0.0 Ok")
+_NOBODY = Reply(554, "5.5.1 no valid recipients")
+
+
 class RelayUnavailable(Exception):
     """The relay can't be used now, and no message is to blame: what is in a queue keeps its place there.
 
@@ -570,7 +574,7 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         return {address: _reply_for(error, address) for address in toaddrs}
     # Who is not mentioned was sent to, as in smtplib.  So was who gets an unintelligible reply: the message was sent,
     # and must not be sent again for that.
-    replies = dict.fromkeys(toaddrs, Reply(250, "2.0.0 Ok"))
+    replies = dict.fromkeys(toaddrs, _ACCEPTED)
     intelligible = answer is None
     if isinstance(answer, Mapping):
         intelligible = True
@@ -786,15 +790,15 @@ class _Dialogue(smtplib.SMTP):
         smtputf8 = self.has_extn("smtputf8")
         sender = _wire_address(fromaddr, smtputf8)
         limit = self.esmtp_features.get("size", "")[:20]
-        refusal = Reply(553, "5.6.7 an address needs SMTPUTF8, which the relay does not offer", self.relay)
+        refusal = "553 5.6.7 an address needs SMTPUTF8, which the relay does not offer"
         if limit.isdecimal() and 0 < int(limit) < size:
-            refusal = Reply(552, f"5.3.4 {size} bytes are more than the relay takes ({limit})", self.relay)
+            refusal = f"552 5.3.4 {size} bytes are more than the relay takes ({limit})"
             sender = None
         recipients = {}
         for address in toaddrs:
             recipient = _wire_address(address, smtputf8)
             if sender is None or recipient is None:
-                replies[address] = refusal
+                replies[address] = Reply(int(refusal[:3]), refusal[4:], self.relay)
             else:
                 recipients[address] = b"RCPT TO:<%s>\r\n" % recipient
         mail = b"MAIL FROM:<%s>" % (sender or b"")
@@ -952,7 +956,6 @@ class _Dialogue(smtplib.SMTP):
         return bytes(line).rstrip(b"\r")
 
 
-_NOBODY = Reply(554, "5.5.1 no valid recipients")
 
 
 class _TLSDialogue(_Dialogue, smtplib.SMTP_SSL):
@@ -1408,7 +1411,9 @@ class Maildir:
             return
         try:
             with os.scandir(fd) as entries:
-                yield from (e.name for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
+                for entry in entries:
+                    if entry.name[0] != "." and entry.is_file(follow_symlinks=False):
+                        yield entry.name
         finally:
             os.close(fd)
 
@@ -2344,16 +2349,17 @@ class QueueProcessorThread(threading.Thread):
         now = self._clock()
         if self._retries or now < self._next_look <= now + _LOOK_INTERVAL:
             return
-        this_second = f"{int(now):010}"
-        latest = f"{int(now + _BACKOFF_MAX):010}"
-        first = f"{int(now + _LOOK_INTERVAL):010}"
+        this_second = f"{int(now):010}."
+        latest = f"{int(now + _BACKOFF_MAX):010}."
+        first = f"{int(now + _LOOK_INTERVAL):010}."
         due = []
         self._waiting = 0
         for name in self._queue._names("deferred"):
             self._waiting += 1
-            # as text first, which is quick: there may be a million
-            if this_second < name[:10] <= latest and _due_time(name, now):
-                first = min(first, name[:10])
+            # as `_due_time` has it, but as text, which is quick: there may be a million
+            if this_second < name[:11] <= latest and name[:10].isdecimal():
+                if name < first:
+                    first = name[:11]
             elif not self._is_left_alone(name):
                 due.append(name)
         self._retries.extend(sorted(due))
