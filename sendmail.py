@@ -2357,7 +2357,7 @@ class QueueProcessorThread(threading.Thread):
         for name in self._queue._names("deferred"):
             self._waiting += 1
             # as `_due_time` has it, but as text, which is quick: there may be a million
-            if this_second < name[:11] <= latest and name[:10].isdecimal():
+            if this_second < name[:11] <= latest and name[:10].isdecimal() and name[10:11] == ".":
                 if name < first:
                     first = name[:11]
             elif not self._is_left_alone(name):
