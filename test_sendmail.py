@@ -4191,7 +4191,7 @@ def adding(queue, _mailer):
     return lambda: Maildir(queue).add("app@x.org", recipient, MESSAGE) and (recipient,)
 
 
-def calling(option):
+def calling_main(option):
     def call(queue):
         assert sendmail.main(["--maildir", queue, option]) == 0
 
@@ -4204,13 +4204,13 @@ ENCOUNTERS = {  # what stands in the queue, and who meets there
     "two processors and a retry": (["new deferred", "pass"], processing, processing),
     "two processors and an abandoned claim": (["cur sent deferred", "new plain"], processing, processing),
     "a processor and a sender": (["new plain"], processing, queueing),
-    "a processor and --requeue": (["new refused", "new deferred", "pass"], processing, calling("--requeue")),
-    "a processor and --list": (["new sent deferred", "new plain"], processing, calling("--list")),
+    "a processor and --requeue": (["new refused", "new deferred", "pass"], processing, calling_main("--requeue")),
+    "a processor and --list": (["new sent deferred", "new plain"], processing, calling_main("--list")),
     "a processor and a direct delivery": (["new plain"], processing, delivering),
-    "--requeue and a direct delivery": (["new refused", "pass"], calling("--requeue"), delivering),
+    "--requeue and a direct delivery": (["new refused", "pass"], calling_main("--requeue"), delivering),
     "two that create": ([], adding, adding),
-    "two that requeue": (["new refused", "new deferred", "pass"], calling("--requeue"), calling("--requeue")),
-    "two processors and --requeue": (["new deferred", "pass"], processing, processing, calling("--requeue")),
+    "two that requeue": (["new refused", "new deferred", "pass"], calling_main("--requeue"), calling_main("--requeue")),
+    "two processors and --requeue": (["new deferred", "pass"], processing, processing, calling_main("--requeue")),
     "two processors and a sender": (["cur sent deferred"], processing, processing, queueing),
 }
 
