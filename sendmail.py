@@ -1456,7 +1456,8 @@ class Maildir:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
             with _naming(path), open(os.open(path, flags, 0o600), "wb") as file:
-                os.fchmod(file.fileno(), self._mode & 0o666 | 0o600)
+                if self._mode & 0o066:
+                    os.fchmod(file.fileno(), self._mode & 0o666 | 0o600)
                 file.writelines((envelope.encode(), message))
                 file.flush()
                 if sync:
