@@ -63,12 +63,12 @@ What can't be guaranteed
     Unlinks are not fsynced: a power cut may repeat the last few messages.  A crash after the copy in
     .failed/ may try its recipients again.  A relay that took a message and died before saying so
     gets it twice.  Where an unlink (or replacement) fails, the process holds the message as long as
-    it lives; the next one sends it again.  Where the disk is too full for another file, and between
-    the groups of a hundred recipients of a large message, the shorter list is written over the
-    longer one, and a power cut in that moment may splice two addresses.  A process that dies after a
-    database has committed, but before its own turn came, leaves the mail in tmp/; so does a rename
-    that fails after the commit, and a critical line in the log names the file.  A DirectMailDelivery
-    without a fallback has no queue: what fails, or is under way when the process dies, is lost.
+    it lives; the next one sends it again.  Where the disk is too full for another file, the shorter
+    list is written over the longer one, and a power cut in that moment may splice two addresses.  A
+    process that dies after a database has committed, but before its own turn came, leaves the mail
+    in tmp/; so does a rename that fails after the commit, and a critical line in the log names the
+    file.  A DirectMailDelivery without a fallback has no queue: what fails, or is under way when the
+    process dies, is lost.
 """
 
 from __future__ import annotations
@@ -128,7 +128,6 @@ _REPLY_LINE = 8192  # bytes of one line, at most
 _GROUP = 100  # recipients at a time (RFC 5321, 4.5.3.1.8)
 _CHUNK = 65536  # bytes that go out in one write, at most
 _PIECE = 32_000  # bytes of a message; under 64 KB with dots stuffed and line ends made CRLF
-_LARGE = 1 << 20  # bytes; a larger message is not written anew for each group of its recipients
 _FSYNCS_AT_ONCE = 16  # of one commit
 _Queue: TypeAlias = "Maildir | str | os.PathLike[str]"
 _Content: TypeAlias = "bytes | str | email.message.Message"
@@ -530,6 +529,10 @@ class Reply:
         return Reply(451, f"4{self.status[1:]} {self}", self.relay)
 
 
+_ACCEPTED = Reply(250, "2.0.0 Ok")
+_NOBODY = Reply(554, "5.5.1 no valid recipients")
+
+
 class RelayUnavailable(Exception):
     """The relay can't be used now, and no message is to blame: what is in a queue keeps its place there.
 
@@ -571,7 +574,7 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         return {address: _reply_for(error, address) for address in toaddrs}
     # Who is not mentioned was sent to, as in smtplib.  So was who gets an unintelligible reply: the message was sent,
     # and must not be sent again for that.
-    replies = dict.fromkeys(toaddrs, Reply(250, "2.0.0 Ok"))
+    replies = dict.fromkeys(toaddrs, _ACCEPTED)
     intelligible = answer is None
     if isinstance(answer, Mapping):
         intelligible = True
@@ -649,39 +652,29 @@ def _wire_address(address: str, smtputf8: bool) -> bytes | None:
     return None
 
 
-def _wire_size(message: bytes) -> int:
-    """Return the size of *message* with all its line ends, and the last, made CRLF (RFC 1870, 5)."""
-    line_ends = message.count(b"\n") + message.count(b"\r") - 2 * message.count(b"\r\n")
-    if message and not message.endswith((b"\r", b"\n")):
-        line_ends += 2
-    return len(message) + line_ends
-
-
 def _wire_pieces(message: bytes, dots: bool) -> Iterator[bytes]:
-    """Yield *message* in pieces of at most 64 KB, with CR, LF and CRLF made CRLF.
+    """Yield *message* in pieces of at most 64 KB: CR, LF and CRLF made CRLF, and one put at the end if it lacks one.
 
     With *dots* it is as DATA takes it: dots stuffed, and the end marked (RFC 5321, 4.5.2).
     """
     start = 0
-    at_line_start = True
-    while start < len(message):
+    before = b"\n"  # the octet before the piece
+    last = False
+    while not last:
         end = start + _PIECE
         if message[end - 1 : end + 1] == b"\r\n":  # one line end, not two
             end += 1
-        piece = message[start:end].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        if dots and at_line_start and piece.startswith(b"."):
-            piece = b"." + piece
+        last = end >= len(message)
+        piece = before + message[start:end].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if last and not piece.endswith(b"\n"):
+            piece += b"\n"
         if dots:
             piece = piece.replace(b"\n.", b"\n..")
-        at_line_start = piece.endswith(b"\n")
-        start = end
-        if start >= len(message) and not at_line_start:
-            piece += b"\n"
-        if start >= len(message) and dots:
+        before = piece[-1:]
+        if dots and last:
             piece += b".\n"
-        yield piece.replace(b"\n", b"\r\n")
-    if dots and not message:
-        yield b".\r\n"
+        yield piece[1:].replace(b"\n", b"\r\n")
+        start = end
 
 
 class _Lost(Exception):
@@ -755,7 +748,7 @@ class _Dialogue(smtplib.SMTP):
 
     def _transact(self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply]) -> None:
         """Fill *replies*.  RFC 2920 and 3030 save the round trips, where the relay knows them.  Raise `_Lost`."""
-        size = _wire_size(message)
+        size = sum(map(len, _wire_pieces(message, dots=False)))  # RFC 1870, 5
         mail, recipients = self._commands(fromaddr, toaddrs, message, size, replies)
         if not recipients:
             return
@@ -797,15 +790,15 @@ class _Dialogue(smtplib.SMTP):
         smtputf8 = self.has_extn("smtputf8")
         sender = _wire_address(fromaddr, smtputf8)
         limit = self.esmtp_features.get("size", "")[:20]
-        refusal = Reply(553, "5.6.7 an address needs SMTPUTF8, which the relay does not offer", self.relay)
+        refusal = "553 5.6.7 an address needs SMTPUTF8, which the relay does not offer"
         if limit.isdecimal() and 0 < int(limit) < size:
-            refusal = Reply(552, f"5.3.4 {size} bytes are more than the relay takes ({limit})", self.relay)
+            refusal = f"552 5.3.4 {size} bytes are more than the relay takes ({limit})"
             sender = None
         recipients = {}
         for address in toaddrs:
             recipient = _wire_address(address, smtputf8)
             if sender is None or recipient is None:
-                replies[address] = refusal
+                replies[address] = Reply(int(refusal[:3]), refusal[4:], self.relay)
             else:
                 recipients[address] = b"RCPT TO:<%s>\r\n" % recipient
         mail = b"MAIL FROM:<%s>" % (sender or b"")
@@ -963,7 +956,6 @@ class _Dialogue(smtplib.SMTP):
         return bytes(line).rstrip(b"\r")
 
 
-_NOBODY = Reply(554, "5.5.1 no valid recipients")
 
 
 class _TLSDialogue(_Dialogue, smtplib.SMTP_SSL):
@@ -1340,20 +1332,19 @@ def _open_locked(path: str) -> int | None:
         pass
     finally:
         if not locked:
-            _close(fd, unlock=True)
+            _close(fd)
     if not locked:
         return None
     return fd
 
 
-def _close(fd: int, unlock: bool) -> None:
-    """Close *fd*.  That alone would not *unlock* it while a forked child holds a copy of the descriptor."""
+def _close(fd: int) -> None:
+    """Unlock and close *fd*: a close alone would leave the lock to a forked child that holds a copy."""
     with _fork_lock:
         if fd in _claimed:
             _claimed.discard(fd)
             with contextlib.suppress(OSError):
-                if unlock:
-                    fcntl.flock(fd, fcntl.LOCK_UN)
+                fcntl.flock(fd, fcntl.LOCK_UN)
             with contextlib.suppress(OSError):
                 os.close(fd)
 
@@ -1420,7 +1411,9 @@ class Maildir:
             return
         try:
             with os.scandir(fd) as entries:
-                yield from (e.name for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
+                for entry in entries:
+                    if entry.name[0] != "." and entry.is_file(follow_symlinks=False):
+                        yield entry.name
         finally:
             os.close(fd)
 
@@ -1463,7 +1456,8 @@ class Maildir:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
             with _naming(path), open(os.open(path, flags, 0o600), "wb") as file:
-                os.fchmod(file.fileno(), self._mode & 0o666 | 0o600)
+                if self._mode & 0o066:
+                    os.fchmod(file.fileno(), self._mode & 0o666 | 0o600)
                 file.writelines((envelope.encode(), message))
                 file.flush()
                 if sync:
@@ -1595,15 +1589,11 @@ class _Claim:
             self.message = _ACTUALLY.sub(b"", headers) + self.message[len(headers) :]
         self.message_id = _message_id(headers)
 
-    def note(self, toaddrs: Iterable[str], error: str, in_place: bool = False) -> None:
+    def note(self, toaddrs: Iterable[str], error: str) -> None:
         """Note in the file that only *toaddrs* are left, durably.  Raise `OSError` if that can't be done."""
         toaddrs = tuple(toaddrs)
         if (toaddrs, error) == (self.toaddrs, self.error):
             return
-        if in_place:
-            with contextlib.suppress(OSError):
-                self.shorten(toaddrs)
-                return
         try:
             self.replace(toaddrs, error)
         except OSError as trouble:  # as on a disk that is too full for another file
@@ -1619,11 +1609,13 @@ class _Claim:
             fd = _open_locked(path)
             if fd is None:
                 raise OSError(f"cannot lock {path}")
+            replaced = fd
             try:
                 os.rename(path, self.path)
-                os.dup2(fd, self.fd, inheritable=False)  # the lock goes with it
+                replaced = self.fd
+                self.fd = fd
             finally:
-                _close(fd, unlock=False)
+                _close(replaced)
         except OSError:
             self.queue._discard(name)
             raise
@@ -1683,7 +1675,7 @@ class _Claim:
     def close(self) -> None:
         """End the claim, unless it is held."""
         if not self.held:
-            _close(self.fd, unlock=True)
+            _close(self.fd)
 
 
 # ------------------------------------------------------------------------------------- the fate of a message
@@ -1799,16 +1791,13 @@ class _Courier:
         failed: dict[str, Reply] = {}
         deferred: dict[str, Reply] = {}
         lost = True
-        groups = _groups(claim.toaddrs)
-        for group in groups:
+        for group in _groups(claim.toaddrs):
             replies = _ask(self.mailer, claim.fromaddr, group, claim.message)
             lost = lost and all(reply.code in _TROUBLE_CODES for reply in replies.values())
             sent, others = _sent_and_others(replies)
             if sent:
                 outcomes.add("sent")
-                # a large message is not written anew for each group
-                in_place = group is not groups[-1] and len(claim.message) > _LARGE
-                self._settle_sent(claim, sent, _error_line(others), in_place)
+                self._settle_sent(claim, sent, _error_line(others))
                 if claim.held:
                     return
             for address, reply in others.items():
@@ -1827,12 +1816,12 @@ class _Courier:
             claim.note(deferred, _error_line(deferred))
             self._defer(claim, deferred)
 
-    def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, in_place: bool) -> None:
+    def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str) -> None:
         """Note that the relay has taken the message for some: here the window for a duplicate closes."""
         waiting = [address for address in claim.toaddrs if address not in sent]
         try:
             if waiting:
-                claim.note(waiting, error, in_place)
+                claim.note(waiting, error)
             else:
                 claim.remove()
         except OSError as trouble:
@@ -2361,16 +2350,17 @@ class QueueProcessorThread(threading.Thread):
         now = self._clock()
         if self._retries or now < self._next_look <= now + _LOOK_INTERVAL:
             return
-        this_second = f"{int(now):010}"
-        latest = f"{int(now + _BACKOFF_MAX):010}"
-        first = f"{int(now + _LOOK_INTERVAL):010}"
+        this_second = f"{int(now):010}."
+        latest = f"{int(now + _BACKOFF_MAX):010}."
+        first = f"{int(now + _LOOK_INTERVAL):010}."
         due = []
         self._waiting = 0
         for name in self._queue._names("deferred"):
             self._waiting += 1
-            # as text first, which is quick: there may be a million
-            if this_second < name[:10] <= latest and _due_time(name, now):
-                first = min(first, name[:10])
+            # as `_due_time` has it, but as text, which is quick: there may be a million
+            if this_second < name[:11] <= latest and name[:10].isdecimal() and name[10:11] == ".":
+                if name < first:
+                    first = name[:11]
             elif not self._is_left_alone(name):
                 due.append(name)
         self._retries.extend(sorted(due))
