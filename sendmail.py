@@ -245,7 +245,7 @@ def _new_transaction() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- envelope
 
 # What would end an address early, in our files or in a command, must be in quotes (RFC 5322, 3.4.1).
-_LOCAL_PART = r'(?:"(?:[^"\\]|\\.)*"|[^\s,<>"@]+)'
+_LOCAL_PART = r'(?:"(?:[^"\\]|\\.)*"|[^\s,<>"@()]+)'
 _ADDR_SPEC = re.compile(_LOCAL_PART + r'@[^\s,<>"@]+')
 _ADDR_SPECS = re.compile(rf"{_ADDR_SPEC.pattern}(?:, *{_ADDR_SPEC.pattern})*")
 _MAILBOX = re.compile(_ADDR_SPEC.pattern + r'|[^\s,<>"@()]+')  # zope.sendmail takes a bare local part, too
