@@ -245,7 +245,7 @@ def _new_transaction() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- envelope
 
 # What would end an address early, in our files or in a command, must be in quotes (RFC 5322, 3.4.1).
-_LOCAL_PART = r'(?:"(?:[^"\\]|\\.)*"|[^\s,<>"@]+)'
+_LOCAL_PART = r'(?:"(?:[^"\\]|\\.)*"|[^\s,<>"@()]+)'
 _ADDR_SPEC = re.compile(_LOCAL_PART + r'@[^\s,<>"@]+')
 _ADDR_SPECS = re.compile(rf"{_ADDR_SPEC.pattern}(?:, *{_ADDR_SPEC.pattern})*")
 _MAILBOX = re.compile(_ADDR_SPEC.pattern + r'|[^\s,<>"@()]+')  # zope.sendmail takes a bare local part, too
@@ -344,12 +344,20 @@ def _header_values(headers: bytes, name: str) -> list[str]:
 
 
 def _first_header(headers: bytes, name: str) -> str:
-    """Return the value of the first header called *name*, encoded words (RFC 2047) decoded; '' if there is none."""
-    value = "".join(_header_values(headers, name)[:1])
-    return _ENCODED_WORD.sub(_decoded_word, value)  # one by one: `email` takes the square of their number
+    """Return the unfolded value of the first header called *name*; '' if there is none."""
+    return "".join(_header_values(headers, name)[:1])
+
+
+def _decoded_header(headers: bytes, name: str) -> str:
+    """Return the same with its encoded words (RFC 2047) decoded.
+
+    That is done word by word: `email` takes a time that grows with the square of their number.
+    """
+    return _ENCODED_WORD.sub(_decoded_word, _first_header(headers, name))
 
 
 def _decoded_word(found: re.Match[str]) -> str:
+    """Return the text of an encoded word, or the word itself where it can't be decoded."""
     try:
         return str(email.header.make_header(email.header.decode_header(found[1])))
     except (ValueError, LookupError, email.errors.MessageError):
@@ -358,7 +366,7 @@ def _decoded_word(found: re.Match[str]) -> str:
 
 def _message_id(headers: bytes) -> str:
     """Return the Message-Id without angle brackets."""
-    return _printable("".join(_header_values(headers, "Message-Id")[:1])).strip("<> ")
+    return _printable(_first_header(headers, "Message-Id")).strip("<> ")
 
 
 def _with_header_lines(message: bytes, *lines: str) -> bytes:
@@ -413,7 +421,7 @@ def _check(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> _D
     content = _serialise(message, (sender, *recipients))
     headers = _headers_of(content)
     lines = []
-    message_id = "".join(_header_values(headers, "Message-Id")[:1])
+    message_id = _first_header(headers, "Message-Id")
     if not _header_values(headers, "Message-Id"):
         message_id = email.utils.make_msgid(domain=socket.gethostname())
         lines.append(f"Message-Id: {message_id}")
@@ -465,8 +473,8 @@ def _parse_envelope(head: bytes) -> _Envelope:
             length = found.end()
         else:
             headers = _headers_of(head)
-            senders = _addresses_in_file(_first_header(headers, "X-Actually-From"))
-            recipients = _addresses_in_file(_first_header(headers, "X-Actually-To"))
+            senders = _addresses_in_file(_decoded_header(headers, "X-Actually-From"))
+            recipients = _addresses_in_file(_decoded_header(headers, "X-Actually-To"))
     except UnicodeDecodeError:
         recipients = senders = []
     fit = all(address.isprintable() and _MAILBOX.fullmatch(address) for address in senders + recipients)
@@ -722,6 +730,12 @@ class _Dialogue(smtplib.SMTP):
         """Change to TLS (RFC 3207); what has come in clear by now is not believed."""
         self.starttls(context=context)
         self._received.clear()
+
+    def auth_xoauth2(self, challenge: bytes | None = None) -> str:
+        """Return what this mechanism says, which smtplib has not: user and token; then, to a refusal, nothing."""
+        if challenge is None:
+            return f"user={self.user}\1auth=Bearer {self.password}\1\1"
+        return ""
 
     def transact(
         self, fromaddr: str, toaddrs: Sequence[str], message: bytes, kept: bool = False, chunking: bool = True
@@ -1080,6 +1094,7 @@ class SMTPMailer:
         return replies
 
     def _is_connected(self) -> bool:
+        """Return whether this thread of this process has a connection."""
         kept = self._kept
         if kept.pid != os.getpid() and kept.dialogue is not None:  # a fork has no part in its parent's dialogue
             kept.dialogue.close()
@@ -1158,14 +1173,8 @@ class SMTPMailer:
             raise RelayUnavailable(f"AUTH {mechanism} is not offered")
         dialogue.user = self._username
         dialogue.password = self._ask_password()
-
-        def xoauth2(challenge: bytes | None = None) -> str:  # which smtplib has not
-            if challenge is None:
-                return f"user={dialogue.user}\1auth=Bearer {dialogue.password}\1\1"
-            return ""  # acknowledges the refusal
-
         method = f"auth_{mechanism.lower().replace('-', '_')}"
-        reply = dialogue.auth(mechanism, getattr(dialogue, method, xoauth2))
+        reply = dialogue.auth(mechanism, getattr(dialogue, method))
         if reply[0] != 235:  # smtplib takes a 503, too, which would say that we had logged in before
             raise smtplib.SMTPAuthenticationError(*reply)
 
@@ -1279,9 +1288,7 @@ def _fsync_all(paths: Sequence[str]) -> None:
         except OSError as error:
             errors.append(error)
 
-    shares = [paths]
-    if len(paths) > 3:
-        shares = [paths[first::_FSYNCS_AT_ONCE] for first in range(_FSYNCS_AT_ONCE)]
+    shares = [paths[first::_FSYNCS_AT_ONCE] for first in range(min(len(paths), _FSYNCS_AT_ONCE))]
     threads = []
     for share in shares[1:]:
         thread = threading.Thread(target=work, args=(share,))
@@ -1290,7 +1297,7 @@ def _fsync_all(paths: Sequence[str]) -> None:
             threads.append(thread)
         except RuntimeError:  # there are no more threads, as at interpreter exit
             work(share)
-    work(shares[0])
+    work(paths[::_FSYNCS_AT_ONCE])
     for thread in threads:
         thread.join()
     if errors:
@@ -1374,12 +1381,13 @@ class Maildir:
         self._mode = 0o700
         self._durable: set[str] = set()  # folders that were made durable
         if create and not os.path.lexists(self.path):
-            self._make_directory(".")
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.path, 0o700)
         present = set(os.listdir(self.path))
         missing = _ESSENTIAL - present
         if missing and (present - _ESSENTIAL or not create):
             raise ValueError(f"{self.path} is not a Maildir; left as it is")
-        self._refuse_links(*_ALL_DIRECTORIES)
+        self._refuse_links()
         model = self._path("new")
         if "new" in missing:
             model = self.path
@@ -1393,7 +1401,7 @@ class Maildir:
     def add(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Queue a message durably, without a transaction; return its id.  Arguments and errors: see `send()`."""
         draft = _check(fromaddr, toaddrs, message)
-        self._refuse_links("tmp", "new")
+        self._refuse_links()
         self._store("new", draft.fromaddr, draft.toaddrs, draft.content)
         self._wake()
         return draft.message_id
@@ -1417,15 +1425,15 @@ class Maildir:
         finally:
             os.close(fd)
 
-    def _refuse_links(self, *directories: str) -> None:
-        """Raise `OSError` if one of *directories* is a link: it would lead us to somebody's other files."""
-        for directory in directories:
+    def _refuse_links(self) -> None:
+        """Raise `OSError` if one of the directories is a link: it would lead us to somebody's other files."""
+        for directory in _ALL_DIRECTORIES:
             if os.path.islink(self._path(directory)):
                 raise OSError(f"{self._path(directory)} is a link: nothing is done in this queue")
 
     def _make_directory(self, directory: str) -> None:
         """Make *directory*, if it is missing, with the rights of the queue."""
-        path = self._path(directory).removesuffix("/.")
+        path = self._path(directory)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
             self._durable.clear()
@@ -1567,9 +1575,11 @@ class _Claim:
     message_id: str = ""
     message: bytes = b""
     held: bool = False
+    outcomes: set[str] = dataclasses.field(default_factory=set)  # that were reported: 'sent', 'deferred', 'failed'
 
     @property
     def path(self) -> str:
+        """Where the file is now."""
         return self.queue._path(self.directory, self.name)
 
     def read(self) -> None:
@@ -1701,7 +1711,9 @@ def _report(
     delay: float = 0.0, due: float = 0.0,
 ) -> None:  # fmt: skip
     """Log *outcome*, and tell an event of it: one for all recipients that have the same reply."""
-    level = {"failed": logging.ERROR}.get(outcome, logging.INFO)
+    level = logging.INFO
+    if outcome == "failed":
+        level = logging.ERROR
     addresses_by_reply: dict[Reply, list[str]] = {}
     for address, reply in replies.items():
         addresses_by_reply.setdefault(reply, []).append(address)
@@ -1756,23 +1768,22 @@ class _Courier:
         claim = self.queue._claim(directory, name)
         if claim is None:
             return
-        outcomes: set[str] = set()  # what befell the recipients: 'sent', 'deferred', 'failed'
+        self.counts.messages += 1
         try:
             with contextlib.closing(claim):
-                self._deliver(claim, outcomes)
+                self._deliver(claim)
         finally:
-            self.counts.messages += bool(outcomes)
-            self.counts.sent += "sent" in outcomes
-            self.counts.deferred += "deferred" in outcomes
-            self.counts.failed += "failed" in outcomes
+            self.counts.sent += "sent" in claim.outcomes
+            self.counts.deferred += "deferred" in claim.outcomes
+            self.counts.failed += "failed" in claim.outcomes
         if self.losses >= _LOSSES_MAX:
             raise RelayUnavailable(f"{self.losses} messages in a row were lost by the relay; see --list")
 
-    def _deliver(self, claim: _Claim, outcomes: set[str]) -> None:
+    def _deliver(self, claim: _Claim) -> None:
         """Send a claimed message, and settle it.  Raise as `deliver` does."""
         try:
             claim.read()
-            self._attempt(claim, outcomes)
+            self._attempt(claim)
         except RelayUnavailable:
             claim.release()
             raise
@@ -1780,13 +1791,12 @@ class _Courier:
             claim.give_up()
             _log.error("%s: %s", _printable(claim.path), error)
             self.tell(MailErrorEvent("", "", (), str(error), "5.6.0"))
-            outcomes.add("failed")
+            claim.outcomes.add("failed")
         except Exception as error:
             _log.error("%s: %s", _printable(claim.path), _reason(error))
             self._defer(claim, dict.fromkeys(claim.toaddrs, Reply(451, f"4.3.0 {_reason(error)}")))
-            outcomes.add("deferred")
 
-    def _attempt(self, claim: _Claim, outcomes: set[str]) -> None:
+    def _attempt(self, claim: _Claim) -> None:
         """Send to one group of recipients after the other, and settle the message by their replies."""
         failed: dict[str, Reply] = {}
         deferred: dict[str, Reply] = {}
@@ -1796,7 +1806,6 @@ class _Courier:
             lost = lost and all(reply.code in _TROUBLE_CODES for reply in replies.values())
             sent, others = _sent_and_others(replies)
             if sent:
-                outcomes.add("sent")
                 self._settle_sent(claim, sent, _error_line(others))
                 if claim.held:
                     return
@@ -1809,10 +1818,8 @@ class _Courier:
                     deferred[address] = reply
         self.losses = self.losses + 1 if lost else 0
         if failed:
-            outcomes.add("failed")
             self._settle_failed(claim, failed, deferred)
         if deferred and not claim.held:
-            outcomes.add("deferred")
             claim.note(deferred, _error_line(deferred))
             self._defer(claim, deferred)
 
@@ -1848,6 +1855,7 @@ class _Courier:
         self._report(claim, "deferred", replies, due)
 
     def _report(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0) -> None:
+        claim.outcomes.add(outcome)
         _report(self.tell, outcome, claim, replies, self.mailer, self.clock() - claim.arrival, due)
 
 
@@ -1926,7 +1934,7 @@ class _Spool:
         self.mailer = mailer
 
     def put(self, draft: _Draft) -> None:
-        self.queue._refuse_links("tmp", "new")
+        self.queue._refuse_links()
         draft.name = self.queue._write(draft.fromaddr, draft.toaddrs, draft.content)
         draft.content = b""
 
@@ -2255,7 +2263,7 @@ class QueueProcessorThread(threading.Thread):
     def _pass(self, budget: float, woken: bool = False) -> _Counts:
         """Take up dead claims; connect, if anything is due; send at most *budget* messages."""
         queue = self._queue
-        queue._refuse_links(*_ALL_DIRECTORIES)
+        queue._refuse_links()
         self._clean()
         courier = _Courier(queue, self._mailer, notify, self._clock, self._max_age, self._soft_bounce)
         counts = courier.counts
@@ -2325,9 +2333,8 @@ class QueueProcessorThread(threading.Thread):
             self._queue._clean(now)
 
     def _take_up_dead_claims(self) -> int:
-        """Release what stands in cur/ and was abandoned by a process that died; return how many were not."""
+        """Release what stands in cur/ and was abandoned by a process that died; return how many there were in it."""
         names = list(self._queue._names("cur"))
-        released = 0
         for name in names:
             if self._is_left_alone(name):
                 continue
@@ -2336,10 +2343,9 @@ class QueueProcessorThread(threading.Thread):
                 if abandoned is not None:
                     with contextlib.closing(abandoned):
                         abandoned.release()
-                    released += 1
             except OSError as error:
                 self._leave_alone("cur", name, error)
-        return len(names) - released
+        return len(names)
 
     def _fresh(self) -> list[str]:
         """Return what stands in new/, in order of arrival."""
@@ -2677,7 +2683,7 @@ def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, A
         envelope = _parse_envelope(head)
         headers = _headers_of(head[envelope.length :])
         entry.update(sender=envelope.fromaddr, recipients=envelope.toaddrs, error=envelope.error)
-        entry.update(message_id=_message_id(headers), subject=_first_header(headers, "Subject"))
+        entry.update(message_id=_message_id(headers), subject=_decoded_header(headers, "Subject"))
     except FileNotFoundError:
         raise
     except Exception as error:  # no message can stop the listing
@@ -2782,13 +2788,15 @@ def _requeue(queue: Maildir, names: Sequence[str]) -> None:
 
 def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
     """As root, become the owner of the queue until *undo*, so that nothing in it ends up root's."""
-    if os.geteuid() != 0 or not os.path.exists(path) or os.stat(path).st_uid == 0:
+    if os.geteuid() != 0 or not os.path.exists(path):
+        return
+    status = os.stat(path)
+    if status.st_uid == 0:
         return
     # what is imported only when it is needed may be out of the reach of that user
     import concurrent.futures.thread  # noqa: F401
     import encodings.idna  # noqa: F401
 
-    status = os.stat(path)
     undo.callback(os.setgroups, os.getgroups())
     undo.callback(os.setegid, os.getegid())
     undo.callback(os.seteuid, 0)
