@@ -128,6 +128,7 @@ _REPLY_LINE = 8192  # bytes of one line, at most
 _GROUP = 100  # recipients at a time (RFC 5321, 4.5.3.1.8)
 _CHUNK = 65536  # bytes that go out in one write, at most
 _PIECE = 32_000  # bytes of a message; under 64 KB with dots stuffed and line ends made CRLF
+_LARGE = 1 << 20  # bytes; a larger message is not written anew for each group of its recipients
 _FSYNCS_AT_ONCE = 16  # of one commit
 _Queue: TypeAlias = "Maildir | str | os.PathLike[str]"
 _Content: TypeAlias = "bytes | str | email.message.Message"
@@ -1612,11 +1613,15 @@ class _Claim:
             self.message = _ACTUALLY.sub(b"", headers) + self.message[len(headers) :]
         self.message_id = _message_id(headers)
 
-    def note(self, toaddrs: Iterable[str], error: str) -> None:
+    def note(self, toaddrs: Iterable[str], error: str, in_place: bool = False) -> None:
         """Note in the file that only *toaddrs* are left, durably.  Raise `OSError` if that can't be done."""
         toaddrs = tuple(toaddrs)
         if (toaddrs, error) == (self.toaddrs, self.error):
             return
+        if in_place:
+            with contextlib.suppress(OSError):
+                self.shorten(toaddrs)
+                return
         try:
             self.replace(toaddrs, error)
         except OSError as trouble:  # as on a disk that is too full for another file
@@ -1815,12 +1820,15 @@ class _Courier:
         failed: dict[str, Reply] = {}
         deferred: dict[str, Reply] = {}
         lost = True
-        for group in _groups(claim.toaddrs):
+        groups = _groups(claim.toaddrs)
+        for group in groups:
             replies = _ask(self.mailer, claim.fromaddr, group, claim.message)
             lost = lost and all(reply.code in _TROUBLE_CODES for reply in replies.values())
             sent, others = _sent_and_others(replies)
             if sent:
-                self._settle_sent(claim, sent, _error_line(others))
+                # a large message is not written anew for each group
+                in_place = group is not groups[-1] and len(claim.message) > _LARGE
+                self._settle_sent(claim, sent, _error_line(others), in_place)
                 if claim.held:
                     return
             for address, reply in others.items():
@@ -1837,12 +1845,12 @@ class _Courier:
             claim.note(deferred, _error_line(deferred))
             self._defer(claim, deferred)
 
-    def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str) -> None:
+    def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, in_place: bool) -> None:
         """Note that the relay has taken the message for some: here the window for a duplicate closes."""
         waiting = [address for address in claim.toaddrs if address not in sent]
         try:
             if waiting:
-                claim.note(waiting, error)
+                claim.note(waiting, error, in_place)
             else:
                 claim.remove()
         except Exception as trouble:
