@@ -128,6 +128,7 @@ _REPLY_LINE = 8192  # bytes of one line, at most
 _GROUP = 100  # recipients at a time (RFC 5321, 4.5.3.1.8)
 _CHUNK = 65536  # bytes that go out in one write, at most
 _PIECE = 32_000  # bytes of a message; under 64 KB with dots stuffed and line ends made CRLF
+_LARGE = 1 << 20  # bytes; a larger message is not written anew for each group of its recipients
 _FSYNCS_AT_ONCE = 16  # of one commit
 _Queue: TypeAlias = "Maildir | str | os.PathLike[str]"
 _Content: TypeAlias = "bytes | str | email.message.Message"
@@ -215,7 +216,9 @@ def notify(event: MailEvent) -> None:
         try:
             with _new_transaction():
                 handler(event)
-        except (Exception, SystemExit):  # it is anybody's code
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # it is anybody's code
             _log.exception("event handler %r failed on %r", handler, event)
 
 
@@ -253,7 +256,7 @@ _MAILBOX = re.compile(_ADDR_SPEC.pattern + r'|[^\s,<>"@()]+')  # zope.sendmail t
 _ADDRESS_TOKEN = re.compile(
     r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|<(?:"(?:[^"\\]|\\.)*"|[^<>"])*>|\[[^\[\]]*\]|[^",;:<>()\[\]]+|.', re.DOTALL
 )
-_WORD = r"=\?[^?\s]+\?[bBqQ]\?[^?\s]*\?="
+_WORD = r"=\?[^?\s]{1,100}\?[bBqQ]\?[^?\s]{0,1000}\?="
 _ENCODED_WORD = re.compile(rf"({_WORD})(?:\s+(?={_WORD}))?")  # RFC 2047; the space between two of them is no part
 _ENHANCED_STATUS = re.compile(r"([245])(\.\d{1,3}\.\d{1,3})(?!\S)")  # RFC 2034, RFC 3463
 _FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")  # RFC 5322, 2.2
@@ -320,7 +323,7 @@ def _address(text: str) -> str:
     if not isinstance(text, str):
         raise TypeError(f"an address must be a string, not {text!r}")
     addresses = [text]
-    if not _ADDR_SPEC.fullmatch(text):
+    if text.endswith((">", ")")):
         addresses = _split_addresses(text)
     if not text.isprintable() or len(addresses) != 1 or not _ADDR_SPEC.fullmatch(addresses[0]):
         raise ValueError(f"not one address (local@domain, or Name <local@domain>): {_printable(text)!r}")
@@ -578,7 +581,9 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         raise
     except _NO_RELAY as error:
         raise RelayUnavailable(_reason(error)) from error
-    except Exception as error:  # a mailer is anybody's code
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a mailer is anybody's code
         return {address: _reply_for(error, address) for address in toaddrs}
     # Who is not mentioned was sent to, as in smtplib.  So was who gets an unintelligible reply: the message was sent,
     # and must not be sent again for that.
@@ -589,7 +594,7 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         for address in answer.keys() & replies.keys():
             try:
                 replies[address] = _as_reply(answer[address])
-            except (TypeError, ValueError, AttributeError):
+            except Exception:
                 intelligible = False
     if not intelligible:
         _log.error("the mailer returned a %s that is no mapping of replies: taken for sent", type(answer).__name__)
@@ -598,15 +603,14 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
 
 def _as_reply(reply: Any) -> Reply:
     """Return a `Reply`, also of smtplib's pair of code and text.  Raise `TypeError` or `ValueError` if it is none."""
-    if isinstance(reply, Reply):
-        return reply
-    if not isinstance(reply, tuple):
+    if isinstance(reply, tuple):
+        reply = Reply(*reply)
+    if not isinstance(reply, Reply) or not isinstance(reply.code, int):
         raise TypeError(f"no reply: {reply!r}")
-    code, text = reply
-    return Reply(int(code), text)
+    return reply
 
 
-def _reply_for(error: Exception, address: str) -> Reply:
+def _reply_for(error: BaseException, address: str) -> Reply:
     """Return what the exception of a mailer says of a recipient.  Nothing that is raised says 'sent'."""
     reply = Reply(451, f"4.3.0 {_reason(error)}")
     if isinstance(error, smtplib.SMTPRecipientsRefused):
@@ -768,7 +772,6 @@ class _Dialogue(smtplib.SMTP):
             return
         self._step = "MAIL"
         self._data_written = False
-        self._expect_silence()
         # of more recipients, the replies could fill the buffers both ways
         pipelining = self.has_extn("pipelining") and len(recipients) <= _GROUP
         chunking = pipelining and self._chunking
@@ -793,6 +796,7 @@ class _Dialogue(smtplib.SMTP):
             raise _Lost(_NOBODY)
         # Refused at the end of DATA, a transaction is over.  Else it may be open, and the next would be nested in it.
         if verdict.outcome != "sent" and (chunking or self._step == "RCPT"):
+            self._step = "data"  # the message has its verdict
             self._write(b"RSET\r\n")
             if self._answer().outcome != "sent":
                 raise _Lost(_NOBODY)
@@ -875,20 +879,19 @@ class _Dialogue(smtplib.SMTP):
                 return _NOBODY
         return reply
 
-    def _expect_silence(self) -> None:
-        """Raise `_Lost` if the relay has said something unasked: it would be taken for the next reply."""
-        unasked = bytes(self._received)
-        self.sock.settimeout(0)
+    def is_quiet(self) -> bool:
+        """Return whether the relay is there, and has said nothing unasked: that would be taken for the next reply."""
+        quiet = False
         try:
-            unasked += self.sock.recv(_REPLY_LINE)
+            self.sock.settimeout(0)
+            self._received += self.sock.recv(_REPLY_LINE)
         except (BlockingIOError, ssl.SSLWantReadError):
-            if not unasked:
-                return
-        except OSError as error:
-            raise self._lost(error) from error
-        if unasked:
-            raise self._lost(smtplib.SMTPServerDisconnected(f"out of step: {_printable(unasked)}"))
-        raise self._lost(smtplib.SMTPServerDisconnected("closed by the relay"))
+            quiet = not self._received
+        except OSError:
+            pass
+        if not quiet:
+            self.close()
+        return quiet
 
     def _write(self, data: bytes) -> None:
         """Write *data*, under the timeout.
@@ -932,7 +935,7 @@ class _Dialogue(smtplib.SMTP):
     def _lost(self, reason: Any) -> _Lost:
         """Return what a lost connection means to the message on its way; *reason* is an `OSError`, or what was said."""
         text = f"4.4.2 connection lost: {_reason(reason)}"
-        if self._step == "data":
+        if self._step == "data" or self._data_written:
             text += "; the relay may have taken the message"
         before_data = self._step == "MAIL" or (self._step == "RCPT" and not self._data_written)
         disconnected = isinstance(reason, OSError) and not isinstance(reason, TimeoutError)
@@ -1082,13 +1085,22 @@ class SMTPMailer:
         """
         if not "".join((fromaddr, *toaddrs)).isprintable():
             raise ValueError("an address holds control characters")
-        kept = self._is_connected()  # the relay may have dropped it meanwhile
+        kept = self._is_connected()
         replies: dict[str, Reply]
         with self:
+            if kept and not self._kept.dialogue.is_quiet():  # the relay has dropped it: no message is to blame
+                self._connect()
+                kept = False
+            carried = self._kept.dialogue.carried
             try:
                 replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, kept)
-            except _Lost:
-                self._connect()
+            except _Lost as lost:
+                try:
+                    self._connect()
+                except RelayUnavailable:
+                    if carried:  # or else the relay can't have dropped it for what was before
+                        raise
+                    return dict.fromkeys(toaddrs, lost.reply)
                 # by DATA, for Dovecot's submission hangs up on a chunk whose sender is refused
                 replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, chunking=False)
         return replies
@@ -1131,6 +1143,8 @@ class SMTPMailer:
             self._greet(dialogue)
             if self._username is not None:
                 self._login(dialogue)
+            if not dialogue.is_quiet():
+                raise RelayUnavailable("the relay says more than it was asked")
             return dialogue
         except Exception as error:
             if dialogue is not None:
@@ -1217,7 +1231,7 @@ _ESSENTIAL = {"tmp", "new", "cur"}
 _FAILED = (".failed", ".failed/tmp", ".failed/cur", ".failed/new")
 _ALL_DIRECTORIES = ("tmp", "new", "cur", "deferred", *_FAILED)
 _ARRIVAL = re.compile(r"(\d+)(?:\.M(\d{6})P)?")  # of a name: the seconds and, if it is ours, the microseconds
-_DUE = re.compile(r"(\d{10})\.(?!M\d+P)")  # what comes before the name in deferred/, but not a name itself
+_DUE = re.compile(r"\A(\d{10})\.(?!M\d+P)")  # what comes before the name in deferred/, but not a name itself
 _OLDEST = 1577836800  # 2020: before it there was no such queue, so a time that is older tells that a clock was wrong
 _counter = itertools.count()
 
@@ -1279,13 +1293,13 @@ def _fsync_all(paths: Sequence[str]) -> None:
 
     Raise the first `OSError`; no fsync is tried again, for the second one would say yes.
     """
-    errors = []
+    errors: list[BaseException] = []
 
     def work(share: Sequence[str]) -> None:
         try:
             for path in share:
                 _fsync(path)
-        except OSError as error:
+        except BaseException as error:
             errors.append(error)
 
     shares = [paths[first::_FSYNCS_AT_ONCE] for first in range(min(len(paths), _FSYNCS_AT_ONCE))]
@@ -1548,7 +1562,7 @@ class Maildir:
     def _clean(self, now: float) -> None:
         """Remove litter from tmp/; the log names its envelope."""
         for name in list(self._names("tmp")):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # it is gone, or somebody else's
                 if now - os.lstat(self._path("tmp", name)).st_mtime < _LITTER_AGE:
                     continue  # its writer may want the lock
                 claim = self._lock("tmp", name)
@@ -1599,11 +1613,15 @@ class _Claim:
             self.message = _ACTUALLY.sub(b"", headers) + self.message[len(headers) :]
         self.message_id = _message_id(headers)
 
-    def note(self, toaddrs: Iterable[str], error: str) -> None:
+    def note(self, toaddrs: Iterable[str], error: str, in_place: bool = False) -> None:
         """Note in the file that only *toaddrs* are left, durably.  Raise `OSError` if that can't be done."""
         toaddrs = tuple(toaddrs)
         if (toaddrs, error) == (self.toaddrs, self.error):
             return
+        if in_place:
+            with contextlib.suppress(OSError):
+                self.shorten(toaddrs)
+                return
         try:
             self.replace(toaddrs, error)
         except OSError as trouble:  # as on a disk that is too full for another file
@@ -1639,7 +1657,8 @@ class _Claim:
         line = f" {', '.join(toaddrs)}".encode()
         if not found or len(line) > len(found[2]):
             raise OSError("no room for the recipients that are left")
-        os.pwrite(self.fd, line.ljust(len(found[2])), found.start(2))
+        if os.pwrite(self.fd, line.ljust(len(found[2])), found.start(2)) < len(found[2]):
+            raise OSError("the shorter list of recipients could not be written whole")
         os.fsync(self.fd)
         self.toaddrs = toaddrs
 
@@ -1669,11 +1688,11 @@ class _Claim:
         """A person wants it to be tried again, as if it were new."""
         self.move("new", _new_name())
 
-    def hold(self, error: OSError) -> None:
-        """It was sent, and that can't be noted: keep the lock, so that this process does not send it again."""
+    def hold(self, error: Exception) -> None:
+        """What became of it can't be noted: keep the lock, so that this process does not send it again."""
         self.held = True
-        _log.critical("%s was sent to some, and that can't be noted: %s; remove it, or those recipients, by hand before"
-                      " this process ends", _printable(self.path), _reason(error))  # fmt: skip
+        _log.critical("what became of %s can't be noted: %s; it is held until this process ends: remove it, or the"
+                      " recipients that are done, by hand", _printable(self.path), _reason(error))  # fmt: skip
 
     def move(self, directory: str, name: str) -> None:
         if self.fd not in _claimed:  # a fork has no part in its parent's claims
@@ -1801,12 +1820,15 @@ class _Courier:
         failed: dict[str, Reply] = {}
         deferred: dict[str, Reply] = {}
         lost = True
-        for group in _groups(claim.toaddrs):
+        groups = _groups(claim.toaddrs)
+        for group in groups:
             replies = _ask(self.mailer, claim.fromaddr, group, claim.message)
             lost = lost and all(reply.code in _TROUBLE_CODES for reply in replies.values())
             sent, others = _sent_and_others(replies)
             if sent:
-                self._settle_sent(claim, sent, _error_line(others))
+                # a large message is not written anew for each group
+                in_place = group is not groups[-1] and len(claim.message) > _LARGE
+                self._settle_sent(claim, sent, _error_line(others), in_place)
                 if claim.held:
                     return
             for address, reply in others.items():
@@ -1823,15 +1845,15 @@ class _Courier:
             claim.note(deferred, _error_line(deferred))
             self._defer(claim, deferred)
 
-    def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str) -> None:
+    def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, in_place: bool) -> None:
         """Note that the relay has taken the message for some: here the window for a duplicate closes."""
         waiting = [address for address in claim.toaddrs if address not in sent]
         try:
             if waiting:
-                claim.note(waiting, error)
+                claim.note(waiting, error, in_place)
             else:
                 claim.remove()
-        except OSError as trouble:
+        except Exception as trouble:
             claim.hold(trouble)
         self._report(claim, "sent", sent)
 
@@ -1841,7 +1863,7 @@ class _Courier:
             claim.give_up_for(failed, _error_line(failed))
             try:
                 claim.note(deferred, _error_line(deferred))
-            except OSError as trouble:  # or else there would be one more copy at each attempt
+            except Exception as trouble:  # or else there would be one more copy at each attempt
                 claim.hold(trouble)
         else:
             claim.note(failed, _error_line(failed))
@@ -1909,18 +1931,21 @@ def _attempt_all(
     mailer: Mailer, drafts: Sequence[_Draft], attempt: Callable[[_Draft], None], events: list[MailEvent], otherwise: str
 ) -> None:
     """Let *attempt* send each of *drafts*, over one connection; in an outage, tell that the rest is *otherwise*."""
+    first = 0  # of the events that tell of the message in hand
     waiting = list(drafts)
     try:
         with _connected(mailer):
             while waiting:
+                first = len(events)
                 attempt(waiting[0])
                 del waiting[0]
     except RelayUnavailable as error:
-        told = {(event.message_id, address) for event in events for address in event.toaddrs}
+        told = {address for event in events[first:] for address in event.toaddrs}
         reply = Reply(451, f"4.4.1 {error}")
         for draft in waiting:
-            untold = [address for address in draft.toaddrs if (draft.message_id, address) not in told]
+            untold = [address for address in draft.toaddrs if address not in told]
             _report(events.append, otherwise, draft, dict.fromkeys(untold, reply), mailer, due=time.time())
+            told.clear()
 
 
 class _Spool:
