@@ -69,10 +69,7 @@ import trustme
 from aiosmtpd.controller import Controller
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transaction.interfaces import (
-    ISavepointDataManager,
-    NoTransaction,
-)
+from transaction.interfaces import ISavepointDataManager, NoTransaction
 from zope.interface.verify import verifyObject
 
 import sendmail
@@ -1792,14 +1789,6 @@ def test_opportunistic_tls_does_without_where_it_is_not_to_be_had(scripted, dial
     server = scripted(dialogue)
     assert smtp_send(server)["b@x.org"].code == 250
     assert len(server.connections) == 1
-
-
-def test_opportunistic_tls_that_fails_half_way_is_an_outage(scripted, authority):
-    server = scripted(tls_dialogue(server_tls(authority), EHLO=lambda _, c: (
-        "550 5.7.1 no" if isinstance(c.sock, ssl.SSLSocket) else "250-scripted\n250 STARTTLS")))
-    with pytest.raises(RelayUnavailable):
-        smtp_send(server)
-    assert "MAIL" not in verbs(server.connections[0])
 
 
 def test_what_comes_in_clear_after_the_reply_to_starttls_is_not_believed(scripted, authority):
