@@ -1344,7 +1344,9 @@ def test_a_file_without_a_readable_envelope_is_kept_in_failed(queue, relay, even
 
 
 @pytest.mark.parametrize("evil", HOSTILE, ids=ascii)
-def test_what_comes_from_outside_cannot_break_a_line_of_the_log_or_the_envelope(queue, scripted, events, caplog, evil):
+def test_what_comes_from_outside_cannot_break_a_line_of_the_log_the_envelope_or_the_list(
+    queue, scripted, events, caplog, run, evil
+):
     forged = f"{evil}sent message-id=<forged@x.org>"
     codes = {"deferred": 450, "refused": 550}
 
@@ -1357,7 +1359,7 @@ def test_what_comes_from_outside_cannot_break_a_line_of_the_log_or_the_envelope(
         say, connection.say = connection.say, lambda text: text == "-" or say(text)
         answering(RCPT=reply, end=reply)(connection)
 
-    message = f"Message-Id: <{evil}m1@x.org>\nSubject: {evil}\n\nHello.\n".encode()
+    message = f"Message-Id: <{evil}m1@x.org>\nSubject: =?utf-8?q?=1B[2J=9B?= {evil}\n\nHello.\n".encode()
     name = f"{int(time.time())}.{evil}".replace("\x00", "")
     put(queue, f"new/{name}.1", "ann@x.org", "deferred@x.org", "refused@x.org", message=message)
     pathlib.Path(queue.path, "new", f"{name}.2").write_bytes(b"no envelope")
@@ -1376,6 +1378,10 @@ def test_what_comes_from_outside_cannot_break_a_line_of_the_log_or_the_envelope(
                 "X-Zope-From", "X-Zope-To", "X-Sendmail-Error", "Message-Id"]
             assert all(line.isprintable() for line in head[:3])
             assert text.endswith(message)
+    pathlib.Path(queue.path, "new", "1.x").write_text(f"X-Zope-From: {evil}a@x.org\nX-Zope-To: {evil}b@x.org\n\n", newline="")
+    for options in [], ["--json"]:
+        status, output, errors = run("--maildir", queue.path, "--list", *options)
+        assert (status, errors) == (0, "") and all(line.isprintable() for line in output.splitlines())
 
 
 FATES = {"dora@example.com": "deferred", "fred@example.com": "failed"}
@@ -4690,18 +4696,13 @@ def test_batch_bounds_every_interval_whatever_wakes_a_processor(queue, monkeypat
 
 
 def test_batch_bounds_one_pass_however_long_it_takes(queue: Maildir) -> None:
-    now, sent = [1_800_000_000.0], []
-
-    def send(recipients):
-        now[0] += 3600
-        sent.extend(recipients)
-
-    for number in range(5):
-        queue.add("app@x.org", f"{number}@x.org", MESSAGE)
-    processor = QueueProcessorThread(queue, calling(send), batch=2)
-    processor._clock = lambda: now[0]
-    assert [(counts.sent, counts.left) for counts in (processor.process() for _ in range(3))] == [(2, 3), (2, 1), (1, 0)]
-    assert sent == [f"{number}@x.org" for number in range(5)]
+    now = [1_800_000_000.0]
+    for _ in range(5):
+        queue.add("app@x.org", "ann@x.org", MESSAGE)
+    processor = QueueProcessorThread(queue, calling(lambda _recipients: now.append(now[-1] + 3600)), batch=2)
+    processor._clock = lambda: now[-1]
+    passes = [processor.process() for _ in range(3)]
+    assert [(counts.sent, counts.left) for counts in passes] == [(2, 3), (2, 1), (1, 0)]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -5051,20 +5052,6 @@ def test_list_as_json_is_an_object_for_each_message(run, queue, spool):
     assert listed["due"]["size"] == (pathlib.Path(queue.path) / "new" / spool["due"]).stat().st_size
     assert listed["deferred"]["due"] == int(spool["deferred"][:10])
     assert (state(queue), content(queue)) == before
-
-
-def test_list_shows_hostile_text_without_its_control_characters(run, queue):
-    file = pathlib.Path(queue.path) / "new" / "1.M1P1Q1.host"
-    file.write_bytes(b"X-Zope-From: \x1b[2Ja@x.org\nX-Zope-To: b\x9b@x, c@x.org\nX-Sendmail-Error: \x1b]0;x\x07\n"
-                     b"Message-Id: <\x1b[2J@x>\nSubject: =?utf-8?q?=1B[2J=9B?= \x1b[2J\x9b\n\n")  # fmt: skip
-    (file.parent / "2.M1P1Q1.host").write_bytes(b"\x1b\x00 no envelope")
-    (file.parent / "3.M1P1Q1\x1b[2J.host").write_bytes(b"X-Zope-From: a@x.org\nX-Zope-To: b@x.org\n\n")
-    for options in [], ["--json"]:
-        status, output, errors = run("--maildir", queue.path, "--list", *options)
-        assert (status, errors) == (0, "")
-        assert all(line.isprintable() for line in output.splitlines())
-        assert "1.M1P1Q1.host" in output
-        assert "2.M1P1Q1.host" in output
 
 
 @pytest.mark.parametrize("columns", [0, 40, 80, 200])
@@ -5665,17 +5652,12 @@ def test_mailer_of_zope_sendmail_works_here(queue, relay, events):
         queue.add(SENDER, f"{name}@example.com", MESSAGE)
     counts = QueueProcessorThread(queue, mailer).process()
     assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
-    delivery = DirectMailDelivery(mailer, fallback=queue)
-    delivery.send(SENDER, BOB, MESSAGE)
-    transaction.commit()
     assert [(type(event), *event.toaddrs) for event in events] == [
-        (MailSentEvent, ANN), (MailDeferredEvent, "dora@example.com"),
-        (MailErrorEvent, "fred@example.com"), (MailSentEvent, BOB),
-    ]  # fmt: skip
+        (MailSentEvent, ANN), (MailDeferredEvent, "dora@example.com"), (MailErrorEvent, "fred@example.com")]
     relay.close()
     queue.add(SENDER, ANN, MESSAGE)
     assert QueueProcessorThread(queue, mailer).process().left == 2
-    assert len(events) == 4, "an outage is nobody's fault"
+    assert len(events) == 3, "an outage is nobody's fault"
 
 
 # ------------------------------------------------------------------------------------------------------------ documents
