@@ -152,9 +152,11 @@ def _transaction_package() -> Any:
 class MailEvent:
     """What became of a message, for some of its recipients.
 
-    `message_id` is what `send()` returned, `fromaddr` the sender ('' is the null sender), `toaddrs`
-    a tuple of the recipients that the event is about.  A file without a readable envelope has none
-    of these.
+    message_id  what `send()` returned: the Message-Id without angle brackets
+    fromaddr    the envelope sender; '' is the null sender
+    toaddrs     a tuple of recipients: those, and only those, that the event is about
+
+    They are empty for a file in the queue that has no readable envelope.
     """
 
     message_id: str
@@ -164,16 +166,21 @@ class MailEvent:
 
 @dataclasses.dataclass(frozen=True)
 class MailSentEvent(MailEvent):
-    """The relay took it; `response` is its last reply, such as `250 2.0.0 Ok: queued as 4F1`."""
+    """The relay took it, and is responsible for it from now on (RFC 5321, 4.2.5).
+
+    response    its last reply, such as `250 2.0.0 Ok: queued as 4F1`
+    """
 
     response: str
 
 
 @dataclasses.dataclass(frozen=True)
 class MailDeferredEvent(MailEvent):
-    """Not yet: the next try is at `retry_at` (Unix time).
+    """Not yet: it stays in the queue, and will be tried again.
 
-    `error_message` is the reply, `delivery_status` its status (RFC 3463), such as `4.2.1`.
+    error_message    the reply, such as `450 4.2.1 mailbox busy`
+    delivery_status  its status (RFC 3463), such as `4.2.1`
+    retry_at         the time of the next try (Unix time)
     """
 
     error_message: str
@@ -183,7 +190,11 @@ class MailDeferredEvent(MailEvent):
 
 @dataclasses.dataclass(frozen=True)
 class MailErrorEvent(MailEvent):
-    """Given up; `error_message` is the reply, `delivery_status` its status (RFC 3463), such as `5.1.1`."""
+    """Given up, for it was refused for good, or is too old; what was queued stands in .failed/.
+
+    error_message    the reply, such as `550 5.1.1 no such user`
+    delivery_status  its status (RFC 3463), such as `5.1.1`
+    """
 
     error_message: str
     delivery_status: str
@@ -211,7 +222,10 @@ def unsubscribe(handler: Callable[[Any], object]) -> None:
 
 
 def notify(event: MailEvent) -> None:
-    """Call every handler with *event*, each in a new transaction."""
+    """Call every handler with *event*, each in a new transaction; raise nothing that a handler raises.
+
+    Deliveries and processors do so themselves; it is here for mailers, and for tests of handlers.
+    """
     for handler in tuple(_handlers):
         try:
             with _new_transaction():
@@ -400,7 +414,10 @@ def _serialise(message: _Content, addresses: Iterable[str]) -> bytes:
 
 @dataclasses.dataclass
 class _Draft:
-    """A message that was checked, and is not committed yet."""
+    """A message that was checked, and is not committed yet.
+
+    Until then it is in memory, or complete in tmp/: that is, under its *name* there.
+    """
 
     message_id: str
     fromaddr: str
@@ -438,12 +455,19 @@ def _check(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> _D
 
 
 class _Envelope(NamedTuple):
-    """What stands before a message in its file."""
+    """What stands before a message in its file.
+
+    fromaddr    the envelope sender; '' is the null sender
+    toaddrs     the recipients that the relay has not taken it for yet
+    error       why it was deferred or given up
+    length      in bytes: there the message begins; 0 for repoze.sendmail's, which stands among the
+                headers
+    """
 
     fromaddr: str
     toaddrs: tuple[str, ...]
-    error: str  # why it was deferred or given up
-    length: int  # in bytes: there the message begins; 0 for repoze.sendmail's, which stands among the headers
+    error: str
+    length: int
 
 
 class _NoEnvelope(Exception):
@@ -502,9 +526,12 @@ _RELAY = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(\d+))?|((?:[0-9A-Fa-f.]*:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the relay says of a recipient: an SMTP *code*, and its *text* as one printable line.
+    """What the relay says of a recipient (RFC 5321, 4.2).
 
-    *relay* is who said so (`host:port`), where that is known.
+    code    of three digits: 2xx is sent, 4xx try later, 5xx give up
+    text    as it came, but made one printable line of at most 1,000 characters; it may begin with
+            an enhanced status code (RFC 2034)
+    relay   who said so (`host:port`), where that is known; it does not count for equality
     """
 
     code: int
@@ -512,9 +539,11 @@ class Reply:
     relay: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        """Make the text fit for a file, a log and a terminal."""
         object.__setattr__(self, "text", _printable(self.text))
 
     def __str__(self) -> str:
+        """Return the reply as a relay writes it."""
         return f"{self.code} {self.text}".rstrip()
 
     @property
@@ -548,7 +577,8 @@ class RelayUnavailable(Exception):
     """The relay can't be used now, and no message is to blame: what is in a queue keeps its place there.
 
     That is whatever goes wrong before MAIL: connection, DNS, TLS, banner, EHLO and AUTH; and a relay
-    that three messages in a row were lost by.
+    that three messages in a row were lost by.  Its text says why, in one line for people.  A mailer
+    may raise it; a processor ends its pass there, and `process()` returns it as `outage`.
     """
 
 
@@ -559,10 +589,15 @@ class Mailer(Protocol):
     """
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> Mapping[str, Reply] | None:
-        """Hand *message* to the relay, for at most 100 *toaddrs*; return a `Reply` for each (None: all accepted).
+        """Hand *message* to the relay; return a `Reply` for each recipient, or None: all accepted.
 
-        May raise `RelayUnavailable`, or in the vocabulary of `smtplib`, as the mailers of
-        zope.sendmail do.
+        fromaddr    the envelope sender, a bare addr-spec (RFC 5322, 3.4.1); '' is the null sender
+        toaddrs     at most 100 of them (RFC 5321, 4.5.3.1.8), each once
+        message     headers and body, with any line ends
+
+        Who is not mentioned in what is returned was sent to.  Raise `RelayUnavailable` if no message
+        is to blame; the exceptions of `smtplib`, as the mailers of zope.sendmail raise them, are
+        understood; any other defers this message.
         """
 
 
@@ -704,13 +739,16 @@ class _Lost(Exception):
 class _Dialogue(smtplib.SMTP):
     """A connection to the relay: up to AUTH it is smtplib's, from MAIL on one write and one wait a message.
 
-    Every reply is read under one deadline, however the relay serves it.
+    That takes PIPELINING (RFC 2920) and CHUNKING (RFC 3030); without the latter it is two of each,
+    without the former one for each command.  Nothing of a message is sent before the last reply to
+    the one before.  Every reply is read under one deadline, however the relay serves it.
     """
 
     sock: Any
     user: Any
 
     def __init__(self, relay: tuple[str, int], ehlo_name: str | None, timeout: float, **options: Any) -> None:
+        """Connect, and read the banner.  Raise what smtplib raises: `SMTPConnectError`, other `OSError`s."""
         self.relay = "%s:%d" % relay
         self.carried = False  # a message
         self._received = bytearray()  # and not read
@@ -765,7 +803,11 @@ class _Dialogue(smtplib.SMTP):
         return replies
 
     def _transact(self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply]) -> None:
-        """Fill *replies*.  RFC 2920 and 3030 save the round trips, where the relay knows them.  Raise `_Lost`."""
+        """Write the message, then read the replies, as far as the relay takes that; fill *replies*.
+
+        The sequence of commands is RFC 5321's, 3.3.  Raise `_Lost` where the connection can't be used
+        any more.
+        """
         size = sum(map(len, _wire_pieces(message, dots=False)))  # RFC 1870, 5
         mail, recipients = self._commands(fromaddr, toaddrs, message, size, replies)
         if not recipients:
@@ -955,6 +997,10 @@ class _Dialogue(smtplib.SMTP):
         raise smtplib.SMTPServerDisconnected("a reply of more than 1,000 lines")
 
     def _read_line(self, deadline: float) -> bytes:
+        """Return the next line, without its end.
+
+        *deadline* is a time of `time.monotonic()`.  Raise `OSError` if the line has not come by then.
+        """
         while b"\n" not in self._received:
             seconds = deadline - time.monotonic()
             if seconds <= 0:
@@ -976,7 +1022,7 @@ class _Dialogue(smtplib.SMTP):
 
 
 class _TLSDialogue(_Dialogue, smtplib.SMTP_SSL):
-    """The same, with TLS from the start (RFC 8314)."""
+    """The same, with TLS from the start (RFC 8314, 3.3)."""
 
 
 def _number(name: str, value: Any, kind: Any = (int, float)) -> Any:
@@ -1013,21 +1059,29 @@ class _Kept(threading.local):
 
 
 class SMTPMailer:
-    """Send by SMTP to a relay; as a context manager, keep one connection per thread for all that is sent inside.
+    """Send by SMTP (RFC 5321) to a relay.  Several threads may use one mailer at once.
 
-    *hostname* is a relay, `HOST` or `HOST:PORT`, or several in order of preference, with commas
-    between; a connection goes to the first that is ready.  *port* is the default, a number or its
-    digits.
+    As a context manager, which connects when it is entered, it keeps one connection per thread for
+    all that is sent inside; outside, each message has a connection of its own.
 
-    TLS is used where the relay offers it, unless *no_tls*; *force_tls* requires STARTTLS, and
-    *implicit_tls* is TLS from the start (port 465).  Certificate and host name are verified, by
-    *context* or the system's authorities, wherever TLS is required or a password is sent, and no
-    password crosses another connection, unless *no_tls*.  *password* is a string, or a callable that
-    is asked at every login; *auth* is the one mechanism to use (CRAM-MD5, PLAIN, LOGIN, XOAUTH2), by
-    default the relay's best of the first three.
+    hostname      a relay, `HOST` or `HOST:PORT`, or several in order of preference, with commas
+                  between; a connection goes to the first that is ready
+    port          the default port, a number or its digits
+    username      log in (RFC 4954) by this name
+    password      a string, or a callable that is asked at every login
+    no_tls        never use TLS
+    force_tls     require STARTTLS (RFC 3207), which else is used where the relay offers it
+    implicit_tls  speak TLS from the start (RFC 8314), as on port 465
+    auth          the one mechanism to use, CRAM-MD5, PLAIN, LOGIN or XOAUTH2; by default the relay's
+                  best of the first three
+    timeout       in seconds, for each step: connecting, a write, a whole reply; but the reply to the
+                  data has ten minutes (RFC 5321, 4.5.3.2.6)
+    context       verifies, in place of the system's authorities
 
-    *timeout* is in seconds, for each step: connecting, a write, a whole reply; but the reply to the
-    data has ten minutes.  Raise `ValueError` or `TypeError` for what is wrong or contradicts itself.
+    Certificate and host name are verified wherever TLS is required or a password is sent, and no
+    password crosses another connection, unless *no_tls*.
+
+    Raise `ValueError` or `TypeError` for what is wrong or contradicts itself.
     """
 
     def __init__(
@@ -1072,6 +1126,7 @@ class SMTPMailer:
         return self
 
     def __exit__(self, *_exc_info: object) -> None:
+        """Close the connection that was kept, once all that was entered is left; nothing can fail here."""
         self._kept.depth = max(self._kept.depth - 1, 0)  # that of a fork began anew
         if self._kept.depth == 0 and self._is_connected():
             with contextlib.suppress(OSError):  # the reply to a QUIT is nobody's business
@@ -1079,9 +1134,10 @@ class SMTPMailer:
                 self._kept.dialogue.close()
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> dict[str, Reply]:
-        """Send *message*; return a `Reply` for each of *toaddrs*.
+        """Send *message*; return a `Reply` for each of *toaddrs*, whatever becomes of it from MAIL on.
 
-        Raise `RelayUnavailable`, or `ValueError` for an address with control characters.
+        The arguments are those of `Mailer.send()`.  Raise `RelayUnavailable` for what goes wrong
+        before MAIL, and `ValueError` for an address with control characters.
         """
         if not "".join((fromaddr, *toaddrs)).isprintable():
             raise ValueError("an address holds control characters")
@@ -1209,7 +1265,10 @@ class SMTPMailer:
 
 @dataclasses.dataclass
 class StreamMailer:
-    """Print, which counts as sent, on *stream* (None: standard output): for a first try, and for development."""
+    """Print, which counts as sent: for a first try, and for development.
+
+    stream      takes text; None is what is standard output at that moment
+    """
 
     stream: TextIO | None = None
 
@@ -1280,6 +1339,7 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def _fsync(path: str) -> None:
+    """Make a file or a directory durable.  Raise `OSError` if it can't be; then never try that again."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         with _naming(path):
@@ -1381,11 +1441,16 @@ def _read_head(fd: int) -> bytes:
 
 
 class Maildir:
-    """A queue: the Maildir at *path*, made where it is missing, unless *create* is false.
+    """A queue on disk: a Maildir, with a directory more for what is deferred (see the states above).
+
+    path        of the queue; a relative one is that of the moment
+    create      whether it is made, or completed, where it is missing
 
     Directories are made 0700 and files 0600; where `new/` (or, while that is missing, the queue) has
-    wider rights, what is made follows them.  No link is followed inside the queue.  Raise
-    `ValueError` for a directory that is something else, `FileNotFoundError` and other `OSError`s.
+    wider rights, what is made follows them.  No link is followed inside the queue.
+
+    Raise `ValueError` for a directory that is something else, `FileNotFoundError` if there is none
+    and none is to be made, and other `OSError`s.
     """
 
     def __init__(self, path: str | os.PathLike[str], create: bool = True) -> None:
@@ -1413,7 +1478,12 @@ class Maildir:
             _fsync(self._path(".."))
 
     def add(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
-        """Queue a message durably, without a transaction; return its id.  Arguments and errors: see `send()`."""
+        """Queue a message without a transaction; return its id (without angle brackets).
+
+        On return it is durable, and a waiting processor has been woken.  The arguments are those of
+        `QueuedMailDelivery.send()`.  Raise `ValueError` or `TypeError` as that does, and `OSError` if
+        the message can't be written.
+        """
         draft = _check(fromaddr, toaddrs, message)
         self._refuse_links()
         self._store("new", draft.fromaddr, draft.toaddrs, draft.content)
@@ -1421,6 +1491,7 @@ class Maildir:
         return draft.message_id
 
     def _path(self, *parts: str) -> str:
+        """Return the path of something in the queue."""
         return "/".join((self.path, *parts))
 
     def _names(self, directory: str) -> Iterator[str]:
@@ -1575,7 +1646,12 @@ class Maildir:
 
 @dataclasses.dataclass
 class _Claim:
-    """A message whose file is open and locked: nobody else may send, move or unlink it."""
+    """A message whose file is open and locked: nobody else may send, move or unlink it.
+
+    It is made by `Maildir._claim` (or `_lock`, where the file is to stay), and ends with `close()`,
+    whatever happens.  Before that, one of `remove`, `defer`, `give_up`, `release`, `requeue` and
+    `hold` leads the message to its next state; if none does, the next pass finds it abandoned.
+    """
 
     queue: Maildir
     directory: str
@@ -1695,6 +1771,7 @@ class _Claim:
                       " recipients that are done, by hand", _printable(self.path), _reason(error))  # fmt: skip
 
     def move(self, directory: str, name: str) -> None:
+        """Move the file, from one state to another.  Raise `OSError` if it stays."""
         if self.fd not in _claimed:  # a fork has no part in its parent's claims
             raise OSError(f"{self.path} is claimed by another process")
         os.rename(self.path, self.queue._path(directory, name))
@@ -1752,6 +1829,7 @@ def _report(
 
 
 def _sent_and_others(replies: Mapping[str, Reply]) -> tuple[dict[str, Reply], dict[str, Reply]]:
+    """Return those of *replies* that say 'sent', and all the others."""
     sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
     others = {address: reply for address, reply in replies.items() if address not in sent}
     return sent, others
@@ -1767,7 +1845,12 @@ def _error_line(replies: Mapping[str, Reply]) -> str:
 
 @dataclasses.dataclass
 class _Courier:
-    """Claims messages, sends them and settles them, recipient by recipient: for one pass, or one commit."""
+    """Claims messages, sends them and settles them, recipient by recipient: for one pass, or one commit.
+
+    What is on disk follows each reply at once: first who was sent to is struck out, then who failed
+    gets a copy in .failed/, then who is deferred keeps the file.  Only after each of these an event
+    tells of it.
+    """
 
     queue: Maildir
     mailer: Mailer
@@ -1871,12 +1954,14 @@ class _Courier:
         self._report(claim, "failed", failed)
 
     def _defer(self, claim: _Claim, replies: Mapping[str, Reply]) -> None:
+        """Keep the message for a later try, and tell who waits for it, and why."""
         now = self.clock()
         due = int(now + _backoff(now - claim.arrival))
         claim.defer(due)
         self._report(claim, "deferred", replies, due)
 
     def _report(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0) -> None:
+        """Note *outcome* for the counts, and tell of it: always after the change on disk, never before."""
         claim.outcomes.add(outcome)
         _report(self.tell, outcome, claim, replies, self.mailer, self.clock() - claim.arrival, due)
 
@@ -1959,18 +2044,22 @@ class _Spool:
         self.mailer = mailer
 
     def put(self, draft: _Draft) -> None:
+        """Write a message in tmp/, which need not be durable yet.  Raise `OSError` if it can't be written."""
         self.queue._refuse_links()
         draft.name = self.queue._write(draft.fromaddr, draft.toaddrs, draft.content)
         draft.content = b""
 
     def discard(self, drafts: Sequence[_Draft]) -> None:
+        """Unlink messages that are not to be sent."""
         for draft in drafts:
             self.queue._discard(draft.name)
 
     def secure(self, drafts: Sequence[_Draft]) -> None:
+        """Make messages durable.  Raise `OSError` if they can't be: nothing is committed yet."""
         _fsync_all([self.queue._path("tmp", draft.name) for draft in drafts])
 
     def finish(self, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
+        """Publish the messages of a committed transaction, try them at once if that is wanted, and wake a processor."""
         try:
             stuck = self.publish(drafts)
         except BaseException:  # an interrupt; what it kept from being published must be
@@ -1995,6 +2084,7 @@ class _Spool:
         return stuck
 
     def tell_stuck(self, draft: _Draft, error: OSError, events: list[MailEvent]) -> None:
+        """Tell people of committed mail that can't be published, and keep it from being taken for litter."""
         path = self.queue._path("tmp", draft.name)
         in_a_year = time.time() + 366 * 86400
         with contextlib.suppress(OSError):
@@ -2004,6 +2094,7 @@ class _Spool:
         _report(events.append, "failed", draft, dict.fromkeys(draft.toaddrs, reply))
 
     def try_at_once(self, mailer: Mailer, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
+        """Make the first attempt, as a processor would; what can't be sent now is left to one."""
         courier = _Courier(self.queue, mailer, events.append)
 
         def attempt(draft: _Draft) -> None:
@@ -2023,6 +2114,7 @@ class _Savepoint:
     length: int
 
     def rollback(self) -> None:
+        """Drop what was sent after the savepoint."""
         self.data.drop(self.length)
 
 
@@ -2042,15 +2134,18 @@ class _DataManager:
         self.pid = os.getpid()
 
     def drop(self, start: int) -> None:
+        """Forget the messages from number *start* on."""
         dropped = self.drafts[start:]
         del self.drafts[start:]
         if self.pid == os.getpid():  # what a fork aborts is its parent's
             self.delivery._outbox.discard(dropped)
 
     def savepoint(self) -> _Savepoint:
+        """Return what can undo all that follows."""
         return _Savepoint(self, len(self.drafts))
 
     def abort(self, _transaction: Any) -> None:
+        """Forget all messages, unless they are finished."""
         self.joined = False
         self.committing = False
         self.drop(0)
@@ -2058,6 +2153,7 @@ class _DataManager:
     tpc_abort = abort
 
     def tpc_begin(self, _transaction: Any) -> None:
+        """From here on it is too late to send."""
         self.committing = True
 
     def commit(self, _transaction: Any) -> None:
@@ -2082,7 +2178,8 @@ class _DataManager:
                 current.addAfterCommitHook(lambda _committed: list(map(notify, events)))
 
     def sortKey(self) -> str:
-        return f"~~sendmail:{id(self)}"  # after every database's: mail must not be visible before the data
+        """Return what puts mail after every database: it must not be visible before the data."""
+        return f"~~sendmail:{id(self)}"
 
 
 class _Delivery:
@@ -2100,10 +2197,12 @@ class _Delivery:
     def send(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Send *message* when, and only when, the transaction commits; return its id (without angle brackets).
 
-        *fromaddr* is an address, or '' (the null sender); *toaddrs* an address or several, of which
-        duplicates count once.  An address is an addr-spec (RFC 5322, 3.4.1), or one with a display
-        name, which is left out.  *message* is bytes, text or a `Message`, which is sent without its
-        Bcc; Message-Id and Date are added where missing.
+        fromaddr    an address, or '' (the null sender)
+        toaddrs     an address or several, of which duplicates count once
+        message     bytes, text (which is sent as UTF-8) or a `Message`, which is sent without its
+                    Bcc, and not changed; Message-Id and Date are added where missing
+
+        An address is an addr-spec (RFC 5322, 3.4.1), or one with a display name, which is left out.
 
         Raise `ValueError` for no recipients, what is not one address, a malformed Message-Id, or a
         transaction that is being committed; `TypeError` for other types; `OSError` if the message
@@ -2129,10 +2228,13 @@ class _Delivery:
 class DirectMailDelivery(_Delivery):
     """Send messages by *mailer* while the transaction commits; what fails becomes a `MailErrorEvent` after it.
 
-    A process that dies in the middle loses what it had not sent, unless *fallback* names a queue (a
-    `Maildir`, or its path): then this is a queued delivery that makes the first attempt itself, and
-    what can't be sent now stays there (`MailDeferredEvent`).  All else is as for
-    `QueuedMailDelivery`.
+    mailer               a `Mailer`
+    transaction_manager  and all else as for `QueuedMailDelivery`
+    fallback             a queue (a `Maildir`, or its path)
+
+    A process that dies in the middle loses what it had not sent, unless there is a *fallback*: then
+    this is a queued delivery that makes the first attempt itself, and what can't be sent now stays
+    in the queue (`MailDeferredEvent`), for a processor.
     """
 
     def __init__(self, mailer: Mailer, transaction_manager: Any = None, *, fallback: _Queue | None = None) -> None:
@@ -2143,10 +2245,13 @@ class DirectMailDelivery(_Delivery):
 
 
 class QueuedMailDelivery(_Delivery):
-    """Queue messages at commit, in *queue* (a `Maildir`, or its path), for a processor to send.
+    """Queue messages while the transaction commits, for a processor to send.
 
-    *transaction_manager* is `transaction.manager` (thread-local) unless another is given.  Raise
-    `ImportError` where `transaction` is not installed, and what `Maildir` raises.
+    queue                a `Maildir`, or its path
+    transaction_manager  by default `transaction.manager`, which is thread-local
+
+    Raise `ImportError` where `transaction` is not installed, `TypeError` for a queue that is neither,
+    and what `Maildir` raises.
     """
 
     def __init__(self, queue: _Queue, transaction_manager: Any = None) -> None:
@@ -2157,16 +2262,21 @@ class QueuedMailDelivery(_Delivery):
 
 
 class QueueProcessorThread(threading.Thread):
-    """Send what is due in *queue* (a `Maildir`, or its path) by *mailer*, every *interval* seconds and when woken.
+    """Send what is due in a queue, again and again.
 
     `start()` makes it a daemon thread, which interpreter exit stops and joins; `run()` does the same
     in this thread; `process()` makes one pass.  One processor is one connection; there may be as
     many processors on a queue as you like.
 
-    *batch* bounds the load on the relay: so many messages in any *interval*, and in one pass, at
-    most.  A message that a reply would defer is given up if it is older than *max_age* seconds;
-    *soft_bounce* defers what the relay refuses for good.  While the relay is unavailable, mail does
-    not wake it, and the wait grows to 60 s (or *interval*, if longer).
+    queue        a `Maildir`, or its path
+    mailer       a `Mailer`
+    interval     in seconds, between two passes; mail that is queued wakes it before that
+    batch        the load on the relay: so many messages in any interval, and in one pass, at most
+    max_age      in seconds; an older message is given up where a reply would defer it
+    soft_bounce  whether what the relay refuses for good is deferred, too
+
+    While the relay is unavailable, mail does not wake it, and the wait grows to 60 s (or *interval*,
+    if longer).
 
     Raise `TypeError` or `ValueError` for a wrong argument, and what `Maildir` raises.
     """
@@ -2219,6 +2329,7 @@ class QueueProcessorThread(threading.Thread):
             os.write(self._bell[1], b"\0")
 
     def _stop_and_join(self) -> None:
+        """Stop the thread, and wait for it: at interpreter exit."""
         if self.is_alive():  # or else this is a fork, which shares the bell
             self.stop()
             self.join()
@@ -2278,10 +2389,13 @@ class QueueProcessorThread(threading.Thread):
         return trigger in ready
 
     def process(self) -> _Counts:
-        """Make one pass; return the number of messages `sent`, `deferred`, `failed` and `left` in the queue.
+        """Make one pass; return an object with these attributes, of which the first four count messages.
 
-        A message counts under each that befell one of its recipients.  If the relay is unavailable,
-        the pass ends, and `outage` says why.  Raise `OSError` if the queue can't be read.
+        sent, deferred, failed  a message counts under each that befell one of its recipients
+        left                    in new/, cur/ and deferred/, when the pass ends
+        outage                  None, or the `RelayUnavailable` that ended the pass early
+
+        Raise `OSError` if the queue can't be read.
         """
         return self._pass(self._batch)
 
@@ -2398,6 +2512,7 @@ class QueueProcessorThread(threading.Thread):
         self._next_look = float(first)
 
     def _is_left_alone(self, name: str) -> bool:
+        """Return whether the message called *name* was trouble less than a minute ago."""
         now = self._clock()
         return now < self._left_alone.get(name, 0.0) <= now + _LOOK_INTERVAL
 
@@ -2467,20 +2582,27 @@ _SIZES = ((10**6, "MB"), (1000, "kB"), (1, "B"))
 
 
 class _Exit(Exception):
-    """Ends the command line; the arguments are a status and a line for people."""
+    """Ends the command line; the arguments are a status (of sysexits.h) and a line for people, which may be empty."""
 
 
 @dataclasses.dataclass
 class _Arguments:
-    """A command line, understood."""
+    """A command line, understood.
 
-    mode: str  # 'pass', 'list', 'requeue' or 'inject'
+    mode        what to do: 'pass', 'list', 'requeue' or 'inject'
+    ours        our options, without the dashes, and their values: numbers, text, or '' where none is taken
+    theirs      the options of sendmail(8), with their dash, and their values
+    operands    recipients, or the names of messages
+    """
+
+    mode: str
     ours: dict[str, Any]
-    theirs: dict[str, str]  # options of sendmail(8)
+    theirs: dict[str, str]
     operands: list[str]
 
 
 def _help() -> str:
+    """Return the text of --help, in 80 columns."""
     lines = []
     for name, value, _, text in _OPTIONS:
         head = f"  --{name} {value}"
@@ -2560,6 +2682,7 @@ def _understood(ours: Mapping[str, str], theirs: dict[str, str], operands: list[
 
 
 def _number_from(name: str, kind: Callable[[str], float], text: str) -> float:
+    """Return the positive number that *text* says.  Raise `_Exit` if it is none."""
     with contextlib.suppress(ValueError):
         number = kind(text)
         if 0 < number < 1e9:
@@ -2568,6 +2691,7 @@ def _number_from(name: str, kind: Callable[[str], float], text: str) -> float:
 
 
 def _first_line(path: str) -> str:
+    """Return the first line of a file, without its end: a password.  Raise `OSError` or `UnicodeError`."""
     with open(path, encoding="utf-8") as file:
         return file.readline().rstrip("\r\n")
 
@@ -2648,6 +2772,7 @@ def _read_message(flags: Mapping[str, str]) -> bytes:
 
 
 def _user() -> str:
+    """Return the name of who runs this."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # as in many a container
@@ -2769,6 +2894,7 @@ def _fit(line: str) -> str:
 
 
 def _show(lines: Iterable[str]) -> None:
+    """Print *lines*, each at once.  Raise `OSError` if they are not taken."""
     if sys.stdout is None:
         raise OSError("standard output is closed")
     for line in lines:
@@ -2836,6 +2962,10 @@ def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
 
 
 def _run(argv: Sequence[str], handler: logging.Handler, undo: contextlib.ExitStack) -> None:
+    """Do what *argv* asks for; *undo* gets what is to be undone after it.
+
+    Raise `_Exit`, `OSError`, `ValueError` for a message, and `MemoryError`.
+    """
     arguments = _parse(argv)
     options = arguments.ours
     if "help" in options:
@@ -2868,9 +2998,12 @@ def _run(argv: Sequence[str], handler: logging.Handler, undo: contextlib.ExitSta
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line *argv*, by default that of the process; return its exit status (see --help).
+    """Run the command line; return its exit status (see --help, and sysexits.h).
 
-    The process is left as it was found: its signal handlers, its logger and its user.
+    argv        the arguments, without the name of the program; by default those of the process
+
+    The process is left as it was found: its signal handlers, its logger and its user.  Handlers that
+    were subscribed before get the events.
     """
     if argv is None:
         argv = sys.argv[1:]
