@@ -862,12 +862,11 @@ class _Dialogue(smtplib.SMTP):
             else:
                 recipients[address] = b"RCPT TO:<%s>\r\n" % recipient
         mail = b"MAIL FROM:<%s>" % (sender or b"")
-        ascii_only = mail.isascii() and all(map(bytes.isascii, recipients.values()))
         if self.has_extn("size"):
             mail += b" SIZE=%d" % size
         if self.has_extn("8bitmime") and not message.isascii():
             mail += b" BODY=8BITMIME"
-        if not ascii_only:
+        if not b"".join((mail, *recipients.values())).isascii():
             mail += b" SMTPUTF8"
         return mail + b"\r\n", recipients
 
@@ -1353,25 +1352,25 @@ def _fsync_all(paths: Sequence[str]) -> None:
 
     Raise the first `OSError`; no fsync is tried again, for the second one would say yes.
     """
+    waiting = collections.deque(paths)
     errors: list[BaseException] = []
 
-    def work(share: Sequence[str]) -> None:
+    def work() -> None:
         try:
-            for path in share:
-                _fsync(path)
+            while True:
+                _fsync(waiting.popleft())
+        except IndexError:  # nothing waits any more
+            pass
         except BaseException as error:
             errors.append(error)
 
-    shares = [paths[first::_FSYNCS_AT_ONCE] for first in range(min(len(paths), _FSYNCS_AT_ONCE))]
     threads = []
-    for share in shares[1:]:
-        thread = threading.Thread(target=work, args=(share,))
-        try:
+    with contextlib.suppress(RuntimeError):  # there are no more threads, as at interpreter exit: fewer will do
+        for _ in range(min(len(paths), _FSYNCS_AT_ONCE) - 1):
+            thread = threading.Thread(target=work)
             thread.start()
             threads.append(thread)
-        except RuntimeError:  # there are no more threads, as at interpreter exit
-            work(share)
-    work(paths[::_FSYNCS_AT_ONCE])
+    work()
     for thread in threads:
         thread.join()
     if errors:
@@ -1614,17 +1613,16 @@ class Maildir:
         fd = _open_locked(self._path(directory, name))
         if fd is None:
             return None
-        first_name = name
-        if directory == "deferred":
-            first_name = _DUE.sub("", name)
-        return _Claim(self, directory, name, fd, first_name)
+        return _Claim(self, directory, name, fd)
 
     def _claim(self, directory: str, name: str) -> _Claim | None:
         """Move a message from new/ or deferred/ to cur/, locked.  None and `OSError` as in `_lock`."""
         claim = self._lock(directory, name)
+        if directory == "deferred":
+            name = _DUE.sub("", name)
         if claim is not None:
             try:
-                claim.move("cur", claim.first_name)
+                claim.move("cur", name)
             except BaseException:
                 claim.close()
                 raise
@@ -1657,7 +1655,6 @@ class _Claim:
     directory: str
     name: str
     fd: int
-    first_name: str  # without a due time
     arrival: float = 0.0  # Unix time
     fromaddr: str = ""
     toaddrs: tuple[str, ...] = ()
@@ -1673,9 +1670,9 @@ class _Claim:
         return self.queue._path(self.directory, self.name)
 
     def read(self) -> None:
-        """Learn envelope and message.  Raise `_NoEnvelope`, or `OSError` if the file can't be read whole."""
+        """Learn envelope and message (in cur/).  Raise `_NoEnvelope`, or `OSError` if the file can't be read whole."""
         status = os.fstat(self.fd)
-        self.arrival = _arrival(self.first_name, status)
+        self.arrival = _arrival(self.name, status)
         size = status.st_size
         head = _read_head(self.fd)
         self.fromaddr, self.toaddrs, self.error, start = _parse_envelope(head)
@@ -1814,11 +1811,10 @@ def _report(
     for address, reply in replies.items():
         addresses_by_reply.setdefault(reply, []).append(address)
     for reply, addresses in addresses_by_reply.items():
-        if _log.isEnabledFor(level):
-            relay = reply.relay or type(mailer).__name__  # not its str(), which may show a password
-            quoted = json.dumps(str(reply), ensure_ascii=False)
-            _log.log(level, "%s message-id=<%s> from=<%s> to=<%s> relay=%s delay=%.1f reply=%s", outcome,
-                     message.message_id, message.fromaddr, ">,<".join(addresses), relay, delay, quoted)  # fmt: skip
+        relay = reply.relay or type(mailer).__name__  # not its str(), which may show a password
+        quoted = json.dumps(str(reply), ensure_ascii=False)
+        _log.log(level, "%s message-id=<%s> from=<%s> to=<%s> relay=%s delay=%.1f reply=%s", outcome,
+                 message.message_id, message.fromaddr, ">,<".join(addresses), relay, delay, quoted)  # fmt: skip
         about = (message.message_id, message.fromaddr, tuple(addresses), str(reply))
         if outcome == "sent":
             tell(MailSentEvent(*about))
@@ -2720,11 +2716,13 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
         mailer = _make_mailer(options)
     except (OSError, ValueError) as error:
         raise _Exit(os.EX_USAGE, _reason(error)) from None
-    settings = {
-        "interval": options.get("interval", 3.0), "batch": options.get("batch"),
-        "max_age": options.get("max-age", 5) * 86400, "soft_bounce": "soft-bounce" in options,
-    }  # fmt: skip
-    processors = [QueueProcessorThread(queue, mailer, **settings) for _ in range(options.get("workers", 1))]
+    processors = []
+    for _ in range(options.get("workers", 1)):
+        processor = QueueProcessorThread(
+            queue, mailer, options.get("interval", 3.0), batch=options.get("batch"),
+            max_age=options.get("max-age", 5) * 86400, soft_bounce="soft-bounce" in options,
+        )  # fmt: skip
+        processors.append(processor)
 
     def stop(signum: int, _frame: object) -> None:
         signal.signal(signum, signal.SIG_DFL)
@@ -2964,7 +2962,7 @@ def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
 def _run(argv: Sequence[str], handler: logging.Handler, undo: contextlib.ExitStack) -> None:
     """Do what *argv* asks for; *undo* gets what is to be undone after it.
 
-    Raise `_Exit`, `OSError`, `ValueError` for a message, and `MemoryError`.
+    Raise `_Exit`, `OSError`, and `ValueError` for a message.
     """
     arguments = _parse(argv)
     options = arguments.ours
@@ -3021,7 +3019,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = 130
         except BrokenPipeError:  # who reads our output has seen enough
             pass
-        except (_Exit, OSError, ValueError, MemoryError) as error:
+        except (_Exit, OSError, ValueError) as error:
             status = _tell_trouble(error)
     _give_up_output()
     return status
@@ -3035,9 +3033,6 @@ def _tell_trouble(error: Exception) -> int:
         status, text = error.args
     elif isinstance(error, OSError):
         status = os.EX_IOERR
-    elif isinstance(error, MemoryError):
-        status = os.EX_IOERR
-        text = "out of memory: the message is too large for this machine"
     if text:
         _log.error(text)
     return status
