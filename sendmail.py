@@ -517,9 +517,13 @@ _LOGIN_CODES = {530, 534, 535, 538}
 _TROUBLE_CODES = {421, *_LOGIN_CODES}
 _MECHANISMS = ("CRAM-MD5", "PLAIN", "LOGIN", "XOAUTH2")  # the best first; the last, which takes a token, only by name
 _NO_RELAY = (
-    smtplib.SMTPConnectError, smtplib.SMTPHeloError, smtplib.SMTPAuthenticationError,
-    ConnectionRefusedError, socket.gaierror, socket.herror,
-)  # fmt: skip
+    smtplib.SMTPConnectError,
+    smtplib.SMTPHeloError,
+    smtplib.SMTPAuthenticationError,
+    ConnectionRefusedError,
+    socket.gaierror,
+    socket.herror,
+)
 # HOST, HOST:PORT, or an IPv6 address
 _RELAY = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(\d+))?|((?:[0-9A-Fa-f.]*:){2}[0-9A-Fa-f:.]*)")
 
@@ -755,7 +759,6 @@ class _Dialogue(smtplib.SMTP):
         self._broken: OSError | None = None  # why nothing can be written any more
         self._step = "MAIL"  # until that is answered; then 'RCPT'; then 'data': what was sent may have been taken
         self._data_written = False
-        self._chunking = False
         super().__init__(*relay, ehlo_name, timeout=timeout, **options)
 
     def getreply(self) -> tuple[int, bytes]:
@@ -780,19 +783,19 @@ class _Dialogue(smtplib.SMTP):
         return ""
 
     def transact(
-        self, fromaddr: str, toaddrs: Sequence[str], message: bytes, kept: bool = False, chunking: bool = True
+        self, fromaddr: str, toaddrs: Sequence[str], message: bytes, chunking: bool = True
     ) -> dict[str, Reply]:
         """Do one mail transaction (RFC 5321, 3.3); return a reply for each recipient.
 
-        Raise `_Lost` if the connection was *kept* from before, and another one should be tried.
+        Raise `_Lost` if that should be tried on another connection, for this one carried others before.
         """
-        self._chunking = chunking and self.has_extn("chunking")
+        carried = self.carried
         replies: dict[str, Reply] = {}
         try:
-            self._transact(fromaddr, toaddrs, message, replies)
+            self._transact(fromaddr, toaddrs, message, replies, chunking)
         except _Lost as lost:
             self.close()
-            if kept and lost.again:
+            if carried and lost.again:
                 raise
             for address in toaddrs:
                 if address not in replies or replies[address].outcome == "sent":  # not refused by itself
@@ -802,7 +805,9 @@ class _Dialogue(smtplib.SMTP):
             raise
         return replies
 
-    def _transact(self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply]) -> None:
+    def _transact(
+        self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply], chunking: bool
+    ) -> None:
         """Write the message, then read the replies, as far as the relay takes that; fill *replies*.
 
         The sequence of commands is RFC 5321's, 3.3.  Raise `_Lost` where the connection can't be used
@@ -816,7 +821,7 @@ class _Dialogue(smtplib.SMTP):
         self._data_written = False
         # of more recipients, the replies could fill the buffers both ways
         pipelining = self.has_extn("pipelining") and len(recipients) <= _GROUP
-        chunking = pipelining and self._chunking
+        chunking = chunking and pipelining and self.has_extn("chunking")
         self._data_written = chunking and size <= _CHUNK
         if pipelining:
             together = [mail, *recipients.values()]
@@ -838,10 +843,14 @@ class _Dialogue(smtplib.SMTP):
             raise _Lost(_NOBODY)
         # Refused at the end of DATA, a transaction is over.  Else it may be open, and the next would be nested in it.
         if verdict.outcome != "sent" and (chunking or self._step == "RCPT"):
-            self._step = "data"  # the message has its verdict
-            self._write(b"RSET\r\n")
-            if self._answer().outcome != "sent":
-                raise _Lost(_NOBODY)
+            self._reset()
+
+    def _reset(self) -> None:
+        """Say RSET (RFC 5321, 4.1.1.5).  Raise `_Lost` if that is refused."""
+        self._step = "data"  # the message has its verdict
+        self._write(b"RSET\r\n")
+        if self._answer().outcome != "sent":
+            raise _Lost(_NOBODY)
 
     def _commands(
         self, fromaddr: str, toaddrs: Sequence[str], message: bytes, size: int, replies: dict[str, Reply]
@@ -1018,8 +1027,6 @@ class _Dialogue(smtplib.SMTP):
         return bytes(line).rstrip(b"\r")
 
 
-
-
 class _TLSDialogue(_Dialogue, smtplib.SMTP_SSL):
     """The same, with TLS from the start (RFC 8314, 3.3)."""
 
@@ -1084,11 +1091,19 @@ class SMTPMailer:
     """
 
     def __init__(
-        self, hostname: str = "localhost", port: int | str = 25, username: str | None = None,
-        password: str | Callable[[], str] | None = None, no_tls: bool = False, force_tls: bool = False,
-        implicit_tls: bool = False, *, auth: str | None = None, timeout: float = 60,
+        self,
+        hostname: str = "localhost",
+        port: int | str = 25,
+        username: str | None = None,
+        password: str | Callable[[], str] | None = None,
+        no_tls: bool = False,
+        force_tls: bool = False,
+        implicit_tls: bool = False,
+        *,
+        auth: str | None = None,
+        timeout: float = 60,
         context: ssl.SSLContext | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._relays = _parse_relays(hostname, port)
         self._timeout = _number("timeout", timeout)
         self._auth = str(auth or "").upper()
@@ -1105,6 +1120,13 @@ class SMTPMailer:
         self._implicit_tls = implicit_tls
         self._starttls = not no_tls and not implicit_tls
         self._verified = force_tls or implicit_tls or (username is not None and not no_tls)
+        self._context = self._checked(context)
+        self._kept = _Kept()
+        self._latest_relay = "%s:%d" % self._relays[0]
+        self._ehlo_name: str | None = None  # looked up once, for that may be slow
+
+    def _checked(self, context: ssl.SSLContext | None) -> ssl.SSLContext:
+        """Return *context*, or the system's.  Raise `ValueError` if it does not verify where it must."""
         if context is None:
             context = ssl.create_default_context()
             if not self._verified:  # RFC 7435: better than nothing
@@ -1112,10 +1134,7 @@ class SMTPMailer:
                 context.verify_mode = ssl.CERT_NONE
         elif self._verified and not context.check_hostname:
             raise ValueError("a context must verify certificate and host name where TLS is required or a password sent")
-        self._context = context
-        self._kept = _Kept()
-        self._latest_relay = "%s:%d" % self._relays[0]
-        self._ehlo_name: str | None = None  # looked up once, for that may be slow
+        return context
 
     def __enter__(self) -> SMTPMailer:
         """Connect, unless this thread is connected.  Raise `RelayUnavailable` if no relay can be used."""
@@ -1140,22 +1159,14 @@ class SMTPMailer:
         """
         if not "".join((fromaddr, *toaddrs)).isprintable():
             raise ValueError("an address holds control characters")
-        kept = self._is_connected()
         replies: dict[str, Reply]
         with self:
-            if kept and not self._kept.dialogue.is_quiet():  # the relay has dropped it: no message is to blame
+            if not self._kept.dialogue.is_quiet():  # the relay has dropped it: no message is to blame
                 self._connect()
-                kept = False
-            carried = self._kept.dialogue.carried
             try:
-                replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, kept)
-            except _Lost as lost:
-                try:
-                    self._connect()
-                except RelayUnavailable:
-                    if carried:  # or else the relay can't have dropped it for what was before
-                        raise
-                    return dict.fromkeys(toaddrs, lost.reply)
+                replies = self._kept.dialogue.transact(fromaddr, toaddrs, message)
+            except _Lost:
+                self._connect()
                 # by DATA, for Dovecot's submission hangs up on a chunk whose sender is refused
                 replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, chunking=False)
         return replies
@@ -1764,8 +1775,12 @@ class _Claim:
     def hold(self, error: Exception) -> None:
         """What became of it can't be noted: keep the lock, so that this process does not send it again."""
         self.held = True
-        _log.critical("what became of %s can't be noted: %s; it is held until this process ends: remove it, or the"
-                      " recipients that are done, by hand", _printable(self.path), _reason(error))  # fmt: skip
+        _log.critical(
+            "what became of %s can't be noted: %s; it is held until this process ends: remove it, or the"
+            " recipients that are done, by hand",
+            _printable(self.path),
+            _reason(error),
+        )
 
     def move(self, directory: str, name: str) -> None:
         """Move the file, from one state to another.  Raise `OSError` if it stays."""
@@ -1800,9 +1815,14 @@ class _Counts:
 
 
 def _report(
-    tell: _Tell, outcome: str, message: _Draft | _Claim, replies: Mapping[str, Reply], mailer: object = None,
-    delay: float = 0.0, due: float = 0.0,
-) -> None:  # fmt: skip
+    tell: _Tell,
+    outcome: str,
+    message: _Draft | _Claim,
+    replies: Mapping[str, Reply],
+    mailer: object = None,
+    delay: float = 0.0,
+    due: float = 0.0,
+) -> None:
     """Log *outcome*, and tell an event of it: one for all recipients that have the same reply."""
     level = logging.INFO
     if outcome == "failed":
@@ -2278,9 +2298,15 @@ class QueueProcessorThread(threading.Thread):
     """
 
     def __init__(
-        self, queue: _Queue, mailer: Mailer, interval: float = 3.0, *,
-        batch: int | None = None, max_age: float = _MAX_AGE, soft_bounce: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        queue: _Queue,
+        mailer: Mailer,
+        interval: float = 3.0,
+        *,
+        batch: int | None = None,
+        max_age: float = _MAX_AGE,
+        soft_bounce: bool = False,
+    ) -> None:
         super().__init__(name="sendmail", daemon=True)
         self._mailer = _as_mailer(mailer)
         self._interval = _number("interval", interval)
@@ -2368,16 +2394,14 @@ class QueueProcessorThread(threading.Thread):
         What was written to wake us is read before that pass lists, so that no mail is missed.
         """
         seconds = self._interval
-        fds = [self._bell[0]]
+        poll = select.poll()
+        poll.register(self._bell[0], select.POLLIN)
         if self._outage_began:  # the wait doubles, for it is as long as the outage has lasted
             seconds = max(seconds, min(self._clock() - self._outage_began, _OUTAGE_WAIT_MAX))
         elif trigger >= 0:
-            fds.append(trigger)
+            poll.register(trigger, select.POLLIN)
         if self._allowance() < 1:
             seconds = self._finished[0] + self._interval - self._clock()
-        poll = select.poll()
-        for fd in fds:
-            poll.register(fd, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(min(1000 * max(seconds, 0), 1 << 30))]
         for fd in ready:
             with contextlib.suppress(BlockingIOError):
@@ -2710,8 +2734,8 @@ def _make_mailer(options: Mapping[str, Any]) -> Mailer:
     return SMTPMailer(**settings)
 
 
-def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
-    """Run the processors: for one pass, or until a signal; a second one ends them at once."""
+def _make_processors(queue: Maildir, options: Mapping[str, Any]) -> list[QueueProcessorThread]:
+    """Return the processors that the command line describes.  Raise `_Exit` if there can be none."""
     try:
         mailer = _make_mailer(options)
     except (OSError, ValueError) as error:
@@ -2719,10 +2743,20 @@ def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
     processors = []
     for _ in range(options.get("workers", 1)):
         processor = QueueProcessorThread(
-            queue, mailer, options.get("interval", 3.0), batch=options.get("batch"),
-            max_age=options.get("max-age", 5) * 86400, soft_bounce="soft-bounce" in options,
-        )  # fmt: skip
+            queue,
+            mailer,
+            options.get("interval", 3.0),
+            batch=options.get("batch"),
+            max_age=options.get("max-age", 5) * 86400,
+            soft_bounce="soft-bounce" in options,
+        )
         processors.append(processor)
+    return processors
+
+
+def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
+    """Run the processors: for one pass, or until a signal; a second one ends them at once."""
+    processors = _make_processors(queue, options)
 
     def stop(signum: int, _frame: object) -> None:
         signal.signal(signum, signal.SIG_DFL)
@@ -2811,9 +2845,17 @@ def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, A
     path = queue._path(directory, name)
     status = os.lstat(path)
     entry: dict[str, Any] = {
-        "name": name, "state": "due", "age": now - _arrival(_DUE.sub("", name), status), "size": status.st_size,
-        "due": None, "message_id": "", "subject": "", "sender": "", "recipients": (), "error": "",
-    }  # fmt: skip
+        "name": name,
+        "state": "due",
+        "age": now - _arrival(_DUE.sub("", name), status),
+        "size": status.st_size,
+        "due": None,
+        "message_id": "",
+        "subject": "",
+        "sender": "",
+        "recipients": (),
+        "error": "",
+    }
     if directory.startswith("."):
         entry["state"] = "failed"
     elif directory == "deferred" and _due_time(name, now) > now:
