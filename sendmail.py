@@ -3004,7 +3004,7 @@ def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
 def _run(argv: Sequence[str], handler: logging.Handler, undo: contextlib.ExitStack) -> None:
     """Do what *argv* asks for; *undo* gets what is to be undone after it.
 
-    Raise `_Exit`, `OSError`, and `ValueError` for a message.
+    Raise `_Exit`, `OSError`, `ValueError` for a message, and `MemoryError` for a large one.
     """
     arguments = _parse(argv)
     options = arguments.ours
@@ -3061,7 +3061,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = 130
         except BrokenPipeError:  # who reads our output has seen enough
             pass
-        except (_Exit, OSError, ValueError) as error:
+        except (_Exit, OSError, ValueError, MemoryError) as error:
             status = _tell_trouble(error)
     _give_up_output()
     return status
@@ -3075,6 +3075,9 @@ def _tell_trouble(error: Exception) -> int:
         status, text = error.args
     elif isinstance(error, OSError):
         status = os.EX_IOERR
+    elif isinstance(error, MemoryError):
+        status = os.EX_IOERR
+        text = "out of memory: the message is too large for this machine"
     if text:
         _log.error(text)
     return status
