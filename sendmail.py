@@ -152,9 +152,11 @@ def _transaction_package() -> Any:
 class MailEvent:
     """What became of a message, for some of its recipients.
 
-    `message_id` is what `send()` returned, `fromaddr` the sender ('' is the null sender), `toaddrs`
-    a tuple of the recipients that the event is about.  A file without a readable envelope has none
-    of these.
+    message_id  what `send()` returned: the Message-Id without angle brackets
+    fromaddr    the envelope sender; '' is the null sender
+    toaddrs     a tuple of recipients: those, and only those, that the event is about
+
+    They are empty for a file in the queue that has no readable envelope.
     """
 
     message_id: str
@@ -164,16 +166,21 @@ class MailEvent:
 
 @dataclasses.dataclass(frozen=True)
 class MailSentEvent(MailEvent):
-    """The relay took it; `response` is its last reply, such as `250 2.0.0 Ok: queued as 4F1`."""
+    """The relay took it, and is responsible for it from now on (RFC 5321, 4.2.5).
+
+    response    its last reply, such as `250 2.0.0 Ok: queued as 4F1`
+    """
 
     response: str
 
 
 @dataclasses.dataclass(frozen=True)
 class MailDeferredEvent(MailEvent):
-    """Not yet: the next try is at `retry_at` (Unix time).
+    """Not yet: it stays in the queue, and will be tried again.
 
-    `error_message` is the reply, `delivery_status` its status (RFC 3463), such as `4.2.1`.
+    error_message    the reply, such as `450 4.2.1 mailbox busy`
+    delivery_status  its status (RFC 3463), such as `4.2.1`
+    retry_at         the time of the next try (Unix time)
     """
 
     error_message: str
@@ -183,7 +190,11 @@ class MailDeferredEvent(MailEvent):
 
 @dataclasses.dataclass(frozen=True)
 class MailErrorEvent(MailEvent):
-    """Given up; `error_message` is the reply, `delivery_status` its status (RFC 3463), such as `5.1.1`."""
+    """Given up, for it was refused for good, or is too old; what was queued stands in .failed/.
+
+    error_message    the reply, such as `550 5.1.1 no such user`
+    delivery_status  its status (RFC 3463), such as `5.1.1`
+    """
 
     error_message: str
     delivery_status: str
@@ -211,7 +222,10 @@ def unsubscribe(handler: Callable[[Any], object]) -> None:
 
 
 def notify(event: MailEvent) -> None:
-    """Call every handler with *event*, each in a new transaction."""
+    """Call every handler with *event*, each in a new transaction; raise nothing that a handler raises.
+
+    Deliveries and processors do so themselves; it is here for mailers, and for tests of handlers.
+    """
     for handler in tuple(_handlers):
         try:
             with _new_transaction():
@@ -400,7 +414,10 @@ def _serialise(message: _Content, addresses: Iterable[str]) -> bytes:
 
 @dataclasses.dataclass
 class _Draft:
-    """A message that was checked, and is not committed yet."""
+    """A message that was checked, and is not committed yet.
+
+    Until then it is in memory, or complete in tmp/: that is, under its *name* there.
+    """
 
     message_id: str
     fromaddr: str
@@ -438,12 +455,19 @@ def _check(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> _D
 
 
 class _Envelope(NamedTuple):
-    """What stands before a message in its file."""
+    """What stands before a message in its file.
+
+    fromaddr    the envelope sender; '' is the null sender
+    toaddrs     the recipients that the relay has not taken it for yet
+    error       why it was deferred or given up
+    length      in bytes: there the message begins; 0 for repoze.sendmail's, which stands among the
+                headers
+    """
 
     fromaddr: str
     toaddrs: tuple[str, ...]
-    error: str  # why it was deferred or given up
-    length: int  # in bytes: there the message begins; 0 for repoze.sendmail's, which stands among the headers
+    error: str
+    length: int
 
 
 class _NoEnvelope(Exception):
@@ -493,18 +517,25 @@ _LOGIN_CODES = {530, 534, 535, 538}
 _TROUBLE_CODES = {421, *_LOGIN_CODES}
 _MECHANISMS = ("CRAM-MD5", "PLAIN", "LOGIN", "XOAUTH2")  # the best first; the last, which takes a token, only by name
 _NO_RELAY = (
-    smtplib.SMTPConnectError, smtplib.SMTPHeloError, smtplib.SMTPAuthenticationError,
-    ConnectionRefusedError, socket.gaierror, socket.herror,
-)  # fmt: skip
+    smtplib.SMTPConnectError,
+    smtplib.SMTPHeloError,
+    smtplib.SMTPAuthenticationError,
+    ConnectionRefusedError,
+    socket.gaierror,
+    socket.herror,
+)
 # HOST, HOST:PORT, or an IPv6 address
 _RELAY = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(\d+))?|((?:[0-9A-Fa-f.]*:){2}[0-9A-Fa-f:.]*)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the relay says of a recipient: an SMTP *code*, and its *text* as one printable line.
+    """What the relay says of a recipient (RFC 5321, 4.2).
 
-    *relay* is who said so (`host:port`), where that is known.
+    code    of three digits: 2xx is sent, 4xx try later, 5xx give up
+    text    as it came, but made one printable line of at most 1,000 characters; it may begin with
+            an enhanced status code (RFC 2034)
+    relay   who said so (`host:port`), where that is known; it does not count for equality
     """
 
     code: int
@@ -512,9 +543,11 @@ class Reply:
     relay: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        """Make the text fit for a file, a log and a terminal."""
         object.__setattr__(self, "text", _printable(self.text))
 
     def __str__(self) -> str:
+        """Return the reply as a relay writes it."""
         return f"{self.code} {self.text}".rstrip()
 
     @property
@@ -548,7 +581,8 @@ class RelayUnavailable(Exception):
     """The relay can't be used now, and no message is to blame: what is in a queue keeps its place there.
 
     That is whatever goes wrong before MAIL: connection, DNS, TLS, banner, EHLO and AUTH; and a relay
-    that three messages in a row were lost by.
+    that three messages in a row were lost by.  Its text says why, in one line for people.  A mailer
+    may raise it; a processor ends its pass there, and `process()` returns it as `outage`.
     """
 
 
@@ -559,10 +593,15 @@ class Mailer(Protocol):
     """
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> Mapping[str, Reply] | None:
-        """Hand *message* to the relay, for at most 100 *toaddrs*; return a `Reply` for each (None: all accepted).
+        """Hand *message* to the relay; return a `Reply` for each recipient, or None: all accepted.
 
-        May raise `RelayUnavailable`, or in the vocabulary of `smtplib`, as the mailers of
-        zope.sendmail do.
+        fromaddr    the envelope sender, a bare addr-spec (RFC 5322, 3.4.1); '' is the null sender
+        toaddrs     at most 100 of them (RFC 5321, 4.5.3.1.8), each once
+        message     headers and body, with any line ends
+
+        Who is not mentioned in what is returned was sent to.  Raise `RelayUnavailable` if no message
+        is to blame; the exceptions of `smtplib`, as the mailers of zope.sendmail raise them, are
+        understood; any other defers this message.
         """
 
 
@@ -704,20 +743,22 @@ class _Lost(Exception):
 class _Dialogue(smtplib.SMTP):
     """A connection to the relay: up to AUTH it is smtplib's, from MAIL on one write and one wait a message.
 
-    Every reply is read under one deadline, however the relay serves it.
+    That takes PIPELINING (RFC 2920) and CHUNKING (RFC 3030); without the latter it is two of each,
+    without the former one for each command.  Nothing of a message is sent before the last reply to
+    the one before.  Every reply is read under one deadline, however the relay serves it.
     """
 
     sock: Any
     user: Any
 
     def __init__(self, relay: tuple[str, int], ehlo_name: str | None, timeout: float, **options: Any) -> None:
+        """Connect, and read the banner.  Raise what smtplib raises: `SMTPConnectError`, other `OSError`s."""
         self.relay = "%s:%d" % relay
         self.carried = False  # a message
         self._received = bytearray()  # and not read
         self._broken: OSError | None = None  # why nothing can be written any more
         self._step = "MAIL"  # until that is answered; then 'RCPT'; then 'data': what was sent may have been taken
         self._data_written = False
-        self._chunking = False
         super().__init__(*relay, ehlo_name, timeout=timeout, **options)
 
     def getreply(self) -> tuple[int, bytes]:
@@ -742,19 +783,19 @@ class _Dialogue(smtplib.SMTP):
         return ""
 
     def transact(
-        self, fromaddr: str, toaddrs: Sequence[str], message: bytes, kept: bool = False, chunking: bool = True
+        self, fromaddr: str, toaddrs: Sequence[str], message: bytes, chunking: bool = True
     ) -> dict[str, Reply]:
         """Do one mail transaction (RFC 5321, 3.3); return a reply for each recipient.
 
-        Raise `_Lost` if the connection was *kept* from before, and another one should be tried.
+        Raise `_Lost` if that should be tried on another connection, for this one carried others before.
         """
-        self._chunking = chunking and self.has_extn("chunking")
+        carried = self.carried
         replies: dict[str, Reply] = {}
         try:
-            self._transact(fromaddr, toaddrs, message, replies)
+            self._transact(fromaddr, toaddrs, message, replies, chunking)
         except _Lost as lost:
             self.close()
-            if kept and lost.again:
+            if carried and lost.again:
                 raise
             for address in toaddrs:
                 if address not in replies or replies[address].outcome == "sent":  # not refused by itself
@@ -764,8 +805,14 @@ class _Dialogue(smtplib.SMTP):
             raise
         return replies
 
-    def _transact(self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply]) -> None:
-        """Fill *replies*.  RFC 2920 and 3030 save the round trips, where the relay knows them.  Raise `_Lost`."""
+    def _transact(
+        self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply], chunking: bool
+    ) -> None:
+        """Write the message, then read the replies, as far as the relay takes that; fill *replies*.
+
+        The sequence of commands is RFC 5321's, 3.3.  Raise `_Lost` where the connection can't be used
+        any more.
+        """
         size = sum(map(len, _wire_pieces(message, dots=False)))  # RFC 1870, 5
         mail, recipients = self._commands(fromaddr, toaddrs, message, size, replies)
         if not recipients:
@@ -774,7 +821,7 @@ class _Dialogue(smtplib.SMTP):
         self._data_written = False
         # of more recipients, the replies could fill the buffers both ways
         pipelining = self.has_extn("pipelining") and len(recipients) <= _GROUP
-        chunking = pipelining and self._chunking
+        chunking = chunking and pipelining and self.has_extn("chunking")
         self._data_written = chunking and size <= _CHUNK
         if pipelining:
             together = [mail, *recipients.values()]
@@ -796,10 +843,14 @@ class _Dialogue(smtplib.SMTP):
             raise _Lost(_NOBODY)
         # Refused at the end of DATA, a transaction is over.  Else it may be open, and the next would be nested in it.
         if verdict.outcome != "sent" and (chunking or self._step == "RCPT"):
-            self._step = "data"  # the message has its verdict
-            self._write(b"RSET\r\n")
-            if self._answer().outcome != "sent":
-                raise _Lost(_NOBODY)
+            self._reset()
+
+    def _reset(self) -> None:
+        """Say RSET (RFC 5321, 4.1.1.5).  Raise `_Lost` if that is refused."""
+        self._step = "data"  # the message has its verdict
+        self._write(b"RSET\r\n")
+        if self._answer().outcome != "sent":
+            raise _Lost(_NOBODY)
 
     def _commands(
         self, fromaddr: str, toaddrs: Sequence[str], message: bytes, size: int, replies: dict[str, Reply]
@@ -820,12 +871,11 @@ class _Dialogue(smtplib.SMTP):
             else:
                 recipients[address] = b"RCPT TO:<%s>\r\n" % recipient
         mail = b"MAIL FROM:<%s>" % (sender or b"")
-        ascii_only = mail.isascii() and all(map(bytes.isascii, recipients.values()))
         if self.has_extn("size"):
             mail += b" SIZE=%d" % size
         if self.has_extn("8bitmime") and not message.isascii():
             mail += b" BODY=8BITMIME"
-        if not ascii_only:
+        if not b"".join((mail, *recipients.values())).isascii():
             mail += b" SMTPUTF8"
         return mail + b"\r\n", recipients
 
@@ -955,6 +1005,10 @@ class _Dialogue(smtplib.SMTP):
         raise smtplib.SMTPServerDisconnected("a reply of more than 1,000 lines")
 
     def _read_line(self, deadline: float) -> bytes:
+        """Return the next line, without its end.
+
+        *deadline* is a time of `time.monotonic()`.  Raise `OSError` if the line has not come by then.
+        """
         while b"\n" not in self._received:
             seconds = deadline - time.monotonic()
             if seconds <= 0:
@@ -973,10 +1027,8 @@ class _Dialogue(smtplib.SMTP):
         return bytes(line).rstrip(b"\r")
 
 
-
-
 class _TLSDialogue(_Dialogue, smtplib.SMTP_SSL):
-    """The same, with TLS from the start (RFC 8314)."""
+    """The same, with TLS from the start (RFC 8314, 3.3)."""
 
 
 def _number(name: str, value: Any, kind: Any = (int, float)) -> Any:
@@ -1013,29 +1065,45 @@ class _Kept(threading.local):
 
 
 class SMTPMailer:
-    """Send by SMTP to a relay; as a context manager, keep one connection per thread for all that is sent inside.
+    """Send by SMTP (RFC 5321) to a relay.  Several threads may use one mailer at once.
 
-    *hostname* is a relay, `HOST` or `HOST:PORT`, or several in order of preference, with commas
-    between; a connection goes to the first that is ready.  *port* is the default, a number or its
-    digits.
+    As a context manager, which connects when it is entered, it keeps one connection per thread for
+    all that is sent inside; outside, each message has a connection of its own.
 
-    TLS is used where the relay offers it, unless *no_tls*; *force_tls* requires STARTTLS, and
-    *implicit_tls* is TLS from the start (port 465).  Certificate and host name are verified, by
-    *context* or the system's authorities, wherever TLS is required or a password is sent, and no
-    password crosses another connection, unless *no_tls*.  *password* is a string, or a callable that
-    is asked at every login; *auth* is the one mechanism to use (CRAM-MD5, PLAIN, LOGIN, XOAUTH2), by
-    default the relay's best of the first three.
+    hostname      a relay, `HOST` or `HOST:PORT`, or several in order of preference, with commas
+                  between; a connection goes to the first that is ready
+    port          the default port, a number or its digits
+    username      log in (RFC 4954) by this name
+    password      a string, or a callable that is asked at every login
+    no_tls        never use TLS
+    force_tls     require STARTTLS (RFC 3207), which else is used where the relay offers it
+    implicit_tls  speak TLS from the start (RFC 8314), as on port 465
+    auth          the one mechanism to use, CRAM-MD5, PLAIN, LOGIN or XOAUTH2; by default the relay's
+                  best of the first three
+    timeout       in seconds, for each step: connecting, a write, a whole reply; but the reply to the
+                  data has ten minutes (RFC 5321, 4.5.3.2.6)
+    context       verifies, in place of the system's authorities
 
-    *timeout* is in seconds, for each step: connecting, a write, a whole reply; but the reply to the
-    data has ten minutes.  Raise `ValueError` or `TypeError` for what is wrong or contradicts itself.
+    Certificate and host name are verified wherever TLS is required or a password is sent, and no
+    password crosses another connection, unless *no_tls*.
+
+    Raise `ValueError` or `TypeError` for what is wrong or contradicts itself.
     """
 
     def __init__(
-        self, hostname: str = "localhost", port: int | str = 25, username: str | None = None,
-        password: str | Callable[[], str] | None = None, no_tls: bool = False, force_tls: bool = False,
-        implicit_tls: bool = False, *, auth: str | None = None, timeout: float = 60,
+        self,
+        hostname: str = "localhost",
+        port: int | str = 25,
+        username: str | None = None,
+        password: str | Callable[[], str] | None = None,
+        no_tls: bool = False,
+        force_tls: bool = False,
+        implicit_tls: bool = False,
+        *,
+        auth: str | None = None,
+        timeout: float = 60,
         context: ssl.SSLContext | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._relays = _parse_relays(hostname, port)
         self._timeout = _number("timeout", timeout)
         self._auth = str(auth or "").upper()
@@ -1052,6 +1120,13 @@ class SMTPMailer:
         self._implicit_tls = implicit_tls
         self._starttls = not no_tls and not implicit_tls
         self._verified = force_tls or implicit_tls or (username is not None and not no_tls)
+        self._context = self._checked(context)
+        self._kept = _Kept()
+        self._latest_relay = "%s:%d" % self._relays[0]
+        self._ehlo_name: str | None = None  # looked up once, for that may be slow
+
+    def _checked(self, context: ssl.SSLContext | None) -> ssl.SSLContext:
+        """Return *context*, or the system's.  Raise `ValueError` if it does not verify where it must."""
         if context is None:
             context = ssl.create_default_context()
             if not self._verified:  # RFC 7435: better than nothing
@@ -1059,10 +1134,7 @@ class SMTPMailer:
                 context.verify_mode = ssl.CERT_NONE
         elif self._verified and not context.check_hostname:
             raise ValueError("a context must verify certificate and host name where TLS is required or a password sent")
-        self._context = context
-        self._kept = _Kept()
-        self._latest_relay = "%s:%d" % self._relays[0]
-        self._ehlo_name: str | None = None  # looked up once, for that may be slow
+        return context
 
     def __enter__(self) -> SMTPMailer:
         """Connect, unless this thread is connected.  Raise `RelayUnavailable` if no relay can be used."""
@@ -1072,6 +1144,7 @@ class SMTPMailer:
         return self
 
     def __exit__(self, *_exc_info: object) -> None:
+        """Close the connection that was kept, once all that was entered is left; nothing can fail here."""
         self._kept.depth = max(self._kept.depth - 1, 0)  # that of a fork began anew
         if self._kept.depth == 0 and self._is_connected():
             with contextlib.suppress(OSError):  # the reply to a QUIT is nobody's business
@@ -1079,28 +1152,21 @@ class SMTPMailer:
                 self._kept.dialogue.close()
 
     def send(self, fromaddr: str, toaddrs: Sequence[str], message: bytes) -> dict[str, Reply]:
-        """Send *message*; return a `Reply` for each of *toaddrs*.
+        """Send *message*; return a `Reply` for each of *toaddrs*, whatever becomes of it from MAIL on.
 
-        Raise `RelayUnavailable`, or `ValueError` for an address with control characters.
+        The arguments are those of `Mailer.send()`.  Raise `RelayUnavailable` for what goes wrong
+        before MAIL, and `ValueError` for an address with control characters.
         """
         if not "".join((fromaddr, *toaddrs)).isprintable():
             raise ValueError("an address holds control characters")
-        kept = self._is_connected()
         replies: dict[str, Reply]
         with self:
-            if kept and not self._kept.dialogue.is_quiet():  # the relay has dropped it: no message is to blame
+            if not self._kept.dialogue.is_quiet():  # the relay has dropped it: no message is to blame
                 self._connect()
-                kept = False
-            carried = self._kept.dialogue.carried
             try:
-                replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, kept)
-            except _Lost as lost:
-                try:
-                    self._connect()
-                except RelayUnavailable:
-                    if carried:  # or else the relay can't have dropped it for what was before
-                        raise
-                    return dict.fromkeys(toaddrs, lost.reply)
+                replies = self._kept.dialogue.transact(fromaddr, toaddrs, message)
+            except _Lost:
+                self._connect()
                 # by DATA, for Dovecot's submission hangs up on a chunk whose sender is refused
                 replies = self._kept.dialogue.transact(fromaddr, toaddrs, message, chunking=False)
         return replies
@@ -1209,7 +1275,10 @@ class SMTPMailer:
 
 @dataclasses.dataclass
 class StreamMailer:
-    """Print, which counts as sent, on *stream* (None: standard output): for a first try, and for development."""
+    """Print, which counts as sent: for a first try, and for development.
+
+    stream      takes text; None is what is standard output at that moment
+    """
 
     stream: TextIO | None = None
 
@@ -1280,6 +1349,7 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def _fsync(path: str) -> None:
+    """Make a file or a directory durable.  Raise `OSError` if it can't be; then never try that again."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         with _naming(path):
@@ -1293,25 +1363,25 @@ def _fsync_all(paths: Sequence[str]) -> None:
 
     Raise the first `OSError`; no fsync is tried again, for the second one would say yes.
     """
+    waiting = collections.deque(paths)
     errors: list[BaseException] = []
 
-    def work(share: Sequence[str]) -> None:
+    def work() -> None:
         try:
-            for path in share:
-                _fsync(path)
+            while True:
+                _fsync(waiting.popleft())
+        except IndexError:  # nothing waits any more
+            pass
         except BaseException as error:
             errors.append(error)
 
-    shares = [paths[first::_FSYNCS_AT_ONCE] for first in range(min(len(paths), _FSYNCS_AT_ONCE))]
     threads = []
-    for share in shares[1:]:
-        thread = threading.Thread(target=work, args=(share,))
-        try:
+    with contextlib.suppress(RuntimeError):  # there are no more threads, as at interpreter exit: fewer will do
+        for _ in range(min(len(paths), _FSYNCS_AT_ONCE) - 1):
+            thread = threading.Thread(target=work)
             thread.start()
             threads.append(thread)
-        except RuntimeError:  # there are no more threads, as at interpreter exit
-            work(share)
-    work(paths[::_FSYNCS_AT_ONCE])
+    work()
     for thread in threads:
         thread.join()
     if errors:
@@ -1381,11 +1451,16 @@ def _read_head(fd: int) -> bytes:
 
 
 class Maildir:
-    """A queue: the Maildir at *path*, made where it is missing, unless *create* is false.
+    """A queue on disk: a Maildir, with a directory more for what is deferred (see the states above).
+
+    path        of the queue; a relative one is that of the moment
+    create      whether it is made, or completed, where it is missing
 
     Directories are made 0700 and files 0600; where `new/` (or, while that is missing, the queue) has
-    wider rights, what is made follows them.  No link is followed inside the queue.  Raise
-    `ValueError` for a directory that is something else, `FileNotFoundError` and other `OSError`s.
+    wider rights, what is made follows them.  No link is followed inside the queue.
+
+    Raise `ValueError` for a directory that is something else, `FileNotFoundError` if there is none
+    and none is to be made, and other `OSError`s.
     """
 
     def __init__(self, path: str | os.PathLike[str], create: bool = True) -> None:
@@ -1413,7 +1488,12 @@ class Maildir:
             _fsync(self._path(".."))
 
     def add(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
-        """Queue a message durably, without a transaction; return its id.  Arguments and errors: see `send()`."""
+        """Queue a message without a transaction; return its id (without angle brackets).
+
+        On return it is durable, and a waiting processor has been woken.  The arguments are those of
+        `QueuedMailDelivery.send()`.  Raise `ValueError` or `TypeError` as that does, and `OSError` if
+        the message can't be written.
+        """
         draft = _check(fromaddr, toaddrs, message)
         self._refuse_links()
         self._store("new", draft.fromaddr, draft.toaddrs, draft.content)
@@ -1421,6 +1501,7 @@ class Maildir:
         return draft.message_id
 
     def _path(self, *parts: str) -> str:
+        """Return the path of something in the queue."""
         return "/".join((self.path, *parts))
 
     def _names(self, directory: str) -> Iterator[str]:
@@ -1543,17 +1624,16 @@ class Maildir:
         fd = _open_locked(self._path(directory, name))
         if fd is None:
             return None
-        first_name = name
-        if directory == "deferred":
-            first_name = _DUE.sub("", name)
-        return _Claim(self, directory, name, fd, first_name)
+        return _Claim(self, directory, name, fd)
 
     def _claim(self, directory: str, name: str) -> _Claim | None:
         """Move a message from new/ or deferred/ to cur/, locked.  None and `OSError` as in `_lock`."""
         claim = self._lock(directory, name)
+        if directory == "deferred":
+            name = _DUE.sub("", name)
         if claim is not None:
             try:
-                claim.move("cur", claim.first_name)
+                claim.move("cur", name)
             except BaseException:
                 claim.close()
                 raise
@@ -1575,13 +1655,17 @@ class Maildir:
 
 @dataclasses.dataclass
 class _Claim:
-    """A message whose file is open and locked: nobody else may send, move or unlink it."""
+    """A message whose file is open and locked: nobody else may send, move or unlink it.
+
+    It is made by `Maildir._claim` (or `_lock`, where the file is to stay), and ends with `close()`,
+    whatever happens.  Before that, one of `remove`, `defer`, `give_up`, `release`, `requeue` and
+    `hold` leads the message to its next state; if none does, the next pass finds it abandoned.
+    """
 
     queue: Maildir
     directory: str
     name: str
     fd: int
-    first_name: str  # without a due time
     arrival: float = 0.0  # Unix time
     fromaddr: str = ""
     toaddrs: tuple[str, ...] = ()
@@ -1597,9 +1681,9 @@ class _Claim:
         return self.queue._path(self.directory, self.name)
 
     def read(self) -> None:
-        """Learn envelope and message.  Raise `_NoEnvelope`, or `OSError` if the file can't be read whole."""
+        """Learn envelope and message (in cur/).  Raise `_NoEnvelope`, or `OSError` if the file can't be read whole."""
         status = os.fstat(self.fd)
-        self.arrival = _arrival(self.first_name, status)
+        self.arrival = _arrival(self.name, status)
         size = status.st_size
         head = _read_head(self.fd)
         self.fromaddr, self.toaddrs, self.error, start = _parse_envelope(head)
@@ -1691,10 +1775,15 @@ class _Claim:
     def hold(self, error: Exception) -> None:
         """What became of it can't be noted: keep the lock, so that this process does not send it again."""
         self.held = True
-        _log.critical("what became of %s can't be noted: %s; it is held until this process ends: remove it, or the"
-                      " recipients that are done, by hand", _printable(self.path), _reason(error))  # fmt: skip
+        _log.critical(
+            "what became of %s can't be noted: %s; it is held until this process ends: remove it, or the"
+            " recipients that are done, by hand",
+            _printable(self.path),
+            _reason(error),
+        )
 
     def move(self, directory: str, name: str) -> None:
+        """Move the file, from one state to another.  Raise `OSError` if it stays."""
         if self.fd not in _claimed:  # a fork has no part in its parent's claims
             raise OSError(f"{self.path} is claimed by another process")
         os.rename(self.path, self.queue._path(directory, name))
@@ -1726,9 +1815,14 @@ class _Counts:
 
 
 def _report(
-    tell: _Tell, outcome: str, message: _Draft | _Claim, replies: Mapping[str, Reply], mailer: object = None,
-    delay: float = 0.0, due: float = 0.0,
-) -> None:  # fmt: skip
+    tell: _Tell,
+    outcome: str,
+    message: _Draft | _Claim,
+    replies: Mapping[str, Reply],
+    mailer: object = None,
+    delay: float = 0.0,
+    due: float = 0.0,
+) -> None:
     """Log *outcome*, and tell an event of it: one for all recipients that have the same reply."""
     level = logging.INFO
     if outcome == "failed":
@@ -1737,11 +1831,10 @@ def _report(
     for address, reply in replies.items():
         addresses_by_reply.setdefault(reply, []).append(address)
     for reply, addresses in addresses_by_reply.items():
-        if _log.isEnabledFor(level):
-            relay = reply.relay or type(mailer).__name__  # not its str(), which may show a password
-            quoted = json.dumps(str(reply), ensure_ascii=False)
-            _log.log(level, "%s message-id=<%s> from=<%s> to=<%s> relay=%s delay=%.1f reply=%s", outcome,
-                     message.message_id, message.fromaddr, ">,<".join(addresses), relay, delay, quoted)  # fmt: skip
+        relay = reply.relay or type(mailer).__name__  # not its str(), which may show a password
+        quoted = json.dumps(str(reply), ensure_ascii=False)
+        _log.log(level, "%s message-id=<%s> from=<%s> to=<%s> relay=%s delay=%.1f reply=%s", outcome,
+                 message.message_id, message.fromaddr, ">,<".join(addresses), relay, delay, quoted)  # fmt: skip
         about = (message.message_id, message.fromaddr, tuple(addresses), str(reply))
         if outcome == "sent":
             tell(MailSentEvent(*about))
@@ -1752,6 +1845,7 @@ def _report(
 
 
 def _sent_and_others(replies: Mapping[str, Reply]) -> tuple[dict[str, Reply], dict[str, Reply]]:
+    """Return those of *replies* that say 'sent', and all the others."""
     sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
     others = {address: reply for address, reply in replies.items() if address not in sent}
     return sent, others
@@ -1767,7 +1861,12 @@ def _error_line(replies: Mapping[str, Reply]) -> str:
 
 @dataclasses.dataclass
 class _Courier:
-    """Claims messages, sends them and settles them, recipient by recipient: for one pass, or one commit."""
+    """Claims messages, sends them and settles them, recipient by recipient: for one pass, or one commit.
+
+    What is on disk follows each reply at once: first who was sent to is struck out, then who failed
+    gets a copy in .failed/, then who is deferred keeps the file.  Only after each of these an event
+    tells of it.
+    """
 
     queue: Maildir
     mailer: Mailer
@@ -1871,12 +1970,14 @@ class _Courier:
         self._report(claim, "failed", failed)
 
     def _defer(self, claim: _Claim, replies: Mapping[str, Reply]) -> None:
+        """Keep the message for a later try, and tell who waits for it, and why."""
         now = self.clock()
         due = int(now + _backoff(now - claim.arrival))
         claim.defer(due)
         self._report(claim, "deferred", replies, due)
 
     def _report(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0) -> None:
+        """Note *outcome* for the counts, and tell of it: always after the change on disk, never before."""
         claim.outcomes.add(outcome)
         _report(self.tell, outcome, claim, replies, self.mailer, self.clock() - claim.arrival, due)
 
@@ -1959,18 +2060,22 @@ class _Spool:
         self.mailer = mailer
 
     def put(self, draft: _Draft) -> None:
+        """Write a message in tmp/, which need not be durable yet.  Raise `OSError` if it can't be written."""
         self.queue._refuse_links()
         draft.name = self.queue._write(draft.fromaddr, draft.toaddrs, draft.content)
         draft.content = b""
 
     def discard(self, drafts: Sequence[_Draft]) -> None:
+        """Unlink messages that are not to be sent."""
         for draft in drafts:
             self.queue._discard(draft.name)
 
     def secure(self, drafts: Sequence[_Draft]) -> None:
+        """Make messages durable.  Raise `OSError` if they can't be: nothing is committed yet."""
         _fsync_all([self.queue._path("tmp", draft.name) for draft in drafts])
 
     def finish(self, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
+        """Publish the messages of a committed transaction, try them at once if that is wanted, and wake a processor."""
         try:
             stuck = self.publish(drafts)
         except BaseException:  # an interrupt; what it kept from being published must be
@@ -1995,6 +2100,7 @@ class _Spool:
         return stuck
 
     def tell_stuck(self, draft: _Draft, error: OSError, events: list[MailEvent]) -> None:
+        """Tell people of committed mail that can't be published, and keep it from being taken for litter."""
         path = self.queue._path("tmp", draft.name)
         in_a_year = time.time() + 366 * 86400
         with contextlib.suppress(OSError):
@@ -2004,6 +2110,7 @@ class _Spool:
         _report(events.append, "failed", draft, dict.fromkeys(draft.toaddrs, reply))
 
     def try_at_once(self, mailer: Mailer, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
+        """Make the first attempt, as a processor would; what can't be sent now is left to one."""
         courier = _Courier(self.queue, mailer, events.append)
 
         def attempt(draft: _Draft) -> None:
@@ -2023,6 +2130,7 @@ class _Savepoint:
     length: int
 
     def rollback(self) -> None:
+        """Drop what was sent after the savepoint."""
         self.data.drop(self.length)
 
 
@@ -2042,15 +2150,18 @@ class _DataManager:
         self.pid = os.getpid()
 
     def drop(self, start: int) -> None:
+        """Forget the messages from number *start* on."""
         dropped = self.drafts[start:]
         del self.drafts[start:]
         if self.pid == os.getpid():  # what a fork aborts is its parent's
             self.delivery._outbox.discard(dropped)
 
     def savepoint(self) -> _Savepoint:
+        """Return what can undo all that follows."""
         return _Savepoint(self, len(self.drafts))
 
     def abort(self, _transaction: Any) -> None:
+        """Forget all messages, unless they are finished."""
         self.joined = False
         self.committing = False
         self.drop(0)
@@ -2058,6 +2169,7 @@ class _DataManager:
     tpc_abort = abort
 
     def tpc_begin(self, _transaction: Any) -> None:
+        """From here on it is too late to send."""
         self.committing = True
 
     def commit(self, _transaction: Any) -> None:
@@ -2082,7 +2194,8 @@ class _DataManager:
                 current.addAfterCommitHook(lambda _committed: list(map(notify, events)))
 
     def sortKey(self) -> str:
-        return f"~~sendmail:{id(self)}"  # after every database's: mail must not be visible before the data
+        """Return what puts mail after every database: it must not be visible before the data."""
+        return f"~~sendmail:{id(self)}"
 
 
 class _Delivery:
@@ -2100,10 +2213,12 @@ class _Delivery:
     def send(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Send *message* when, and only when, the transaction commits; return its id (without angle brackets).
 
-        *fromaddr* is an address, or '' (the null sender); *toaddrs* an address or several, of which
-        duplicates count once.  An address is an addr-spec (RFC 5322, 3.4.1), or one with a display
-        name, which is left out.  *message* is bytes, text or a `Message`, which is sent without its
-        Bcc; Message-Id and Date are added where missing.
+        fromaddr    an address, or '' (the null sender)
+        toaddrs     an address or several, of which duplicates count once
+        message     bytes, text (which is sent as UTF-8) or a `Message`, which is sent without its
+                    Bcc, and not changed; Message-Id and Date are added where missing
+
+        An address is an addr-spec (RFC 5322, 3.4.1), or one with a display name, which is left out.
 
         Raise `ValueError` for no recipients, what is not one address, a malformed Message-Id, or a
         transaction that is being committed; `TypeError` for other types; `OSError` if the message
@@ -2129,10 +2244,13 @@ class _Delivery:
 class DirectMailDelivery(_Delivery):
     """Send messages by *mailer* while the transaction commits; what fails becomes a `MailErrorEvent` after it.
 
-    A process that dies in the middle loses what it had not sent, unless *fallback* names a queue (a
-    `Maildir`, or its path): then this is a queued delivery that makes the first attempt itself, and
-    what can't be sent now stays there (`MailDeferredEvent`).  All else is as for
-    `QueuedMailDelivery`.
+    mailer               a `Mailer`
+    transaction_manager  and all else as for `QueuedMailDelivery`
+    fallback             a queue (a `Maildir`, or its path)
+
+    A process that dies in the middle loses what it had not sent, unless there is a *fallback*: then
+    this is a queued delivery that makes the first attempt itself, and what can't be sent now stays
+    in the queue (`MailDeferredEvent`), for a processor.
     """
 
     def __init__(self, mailer: Mailer, transaction_manager: Any = None, *, fallback: _Queue | None = None) -> None:
@@ -2143,10 +2261,13 @@ class DirectMailDelivery(_Delivery):
 
 
 class QueuedMailDelivery(_Delivery):
-    """Queue messages at commit, in *queue* (a `Maildir`, or its path), for a processor to send.
+    """Queue messages while the transaction commits, for a processor to send.
 
-    *transaction_manager* is `transaction.manager` (thread-local) unless another is given.  Raise
-    `ImportError` where `transaction` is not installed, and what `Maildir` raises.
+    queue                a `Maildir`, or its path
+    transaction_manager  by default `transaction.manager`, which is thread-local
+
+    Raise `ImportError` where `transaction` is not installed, `TypeError` for a queue that is neither,
+    and what `Maildir` raises.
     """
 
     def __init__(self, queue: _Queue, transaction_manager: Any = None) -> None:
@@ -2157,24 +2278,35 @@ class QueuedMailDelivery(_Delivery):
 
 
 class QueueProcessorThread(threading.Thread):
-    """Send what is due in *queue* (a `Maildir`, or its path) by *mailer*, every *interval* seconds and when woken.
+    """Send what is due in a queue, again and again.
 
     `start()` makes it a daemon thread, which interpreter exit stops and joins; `run()` does the same
     in this thread; `process()` makes one pass.  One processor is one connection; there may be as
     many processors on a queue as you like.
 
-    *batch* bounds the load on the relay: so many messages in any *interval*, and in one pass, at
-    most.  A message that a reply would defer is given up if it is older than *max_age* seconds;
-    *soft_bounce* defers what the relay refuses for good.  While the relay is unavailable, mail does
-    not wake it, and the wait grows to 60 s (or *interval*, if longer).
+    queue        a `Maildir`, or its path
+    mailer       a `Mailer`
+    interval     in seconds, between two passes; mail that is queued wakes it before that
+    batch        the load on the relay: so many messages in any interval, and in one pass, at most
+    max_age      in seconds; an older message is given up where a reply would defer it
+    soft_bounce  whether what the relay refuses for good is deferred, too
+
+    While the relay is unavailable, mail does not wake it, and the wait grows to 60 s (or *interval*,
+    if longer).
 
     Raise `TypeError` or `ValueError` for a wrong argument, and what `Maildir` raises.
     """
 
     def __init__(
-        self, queue: _Queue, mailer: Mailer, interval: float = 3.0, *,
-        batch: int | None = None, max_age: float = _MAX_AGE, soft_bounce: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        queue: _Queue,
+        mailer: Mailer,
+        interval: float = 3.0,
+        *,
+        batch: int | None = None,
+        max_age: float = _MAX_AGE,
+        soft_bounce: bool = False,
+    ) -> None:
         super().__init__(name="sendmail", daemon=True)
         self._mailer = _as_mailer(mailer)
         self._interval = _number("interval", interval)
@@ -2219,6 +2351,7 @@ class QueueProcessorThread(threading.Thread):
             os.write(self._bell[1], b"\0")
 
     def _stop_and_join(self) -> None:
+        """Stop the thread, and wait for it: at interpreter exit."""
         if self.is_alive():  # or else this is a fork, which shares the bell
             self.stop()
             self.join()
@@ -2261,16 +2394,14 @@ class QueueProcessorThread(threading.Thread):
         What was written to wake us is read before that pass lists, so that no mail is missed.
         """
         seconds = self._interval
-        fds = [self._bell[0]]
+        poll = select.poll()
+        poll.register(self._bell[0], select.POLLIN)
         if self._outage_began:  # the wait doubles, for it is as long as the outage has lasted
             seconds = max(seconds, min(self._clock() - self._outage_began, _OUTAGE_WAIT_MAX))
         elif trigger >= 0:
-            fds.append(trigger)
+            poll.register(trigger, select.POLLIN)
         if self._allowance() < 1:
             seconds = self._finished[0] + self._interval - self._clock()
-        poll = select.poll()
-        for fd in fds:
-            poll.register(fd, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(min(1000 * max(seconds, 0), 1 << 30))]
         for fd in ready:
             with contextlib.suppress(BlockingIOError):
@@ -2278,10 +2409,13 @@ class QueueProcessorThread(threading.Thread):
         return trigger in ready
 
     def process(self) -> _Counts:
-        """Make one pass; return the number of messages `sent`, `deferred`, `failed` and `left` in the queue.
+        """Make one pass; return an object with these attributes, of which the first four count messages.
 
-        A message counts under each that befell one of its recipients.  If the relay is unavailable,
-        the pass ends, and `outage` says why.  Raise `OSError` if the queue can't be read.
+        sent, deferred, failed  a message counts under each that befell one of its recipients
+        left                    in new/, cur/ and deferred/, when the pass ends
+        outage                  None, or the `RelayUnavailable` that ended the pass early
+
+        Raise `OSError` if the queue can't be read.
         """
         return self._pass(self._batch)
 
@@ -2398,6 +2532,7 @@ class QueueProcessorThread(threading.Thread):
         self._next_look = float(first)
 
     def _is_left_alone(self, name: str) -> bool:
+        """Return whether the message called *name* was trouble less than a minute ago."""
         now = self._clock()
         return now < self._left_alone.get(name, 0.0) <= now + _LOOK_INTERVAL
 
@@ -2467,20 +2602,27 @@ _SIZES = ((10**6, "MB"), (1000, "kB"), (1, "B"))
 
 
 class _Exit(Exception):
-    """Ends the command line; the arguments are a status and a line for people."""
+    """Ends the command line; the arguments are a status (of sysexits.h) and a line for people, which may be empty."""
 
 
 @dataclasses.dataclass
 class _Arguments:
-    """A command line, understood."""
+    """A command line, understood.
 
-    mode: str  # 'pass', 'list', 'requeue' or 'inject'
+    mode        what to do: 'pass', 'list', 'requeue' or 'inject'
+    ours        our options, without the dashes, and their values: numbers, text, or '' where none is taken
+    theirs      the options of sendmail(8), with their dash, and their values
+    operands    recipients, or the names of messages
+    """
+
+    mode: str
     ours: dict[str, Any]
-    theirs: dict[str, str]  # options of sendmail(8)
+    theirs: dict[str, str]
     operands: list[str]
 
 
 def _help() -> str:
+    """Return the text of --help, in 80 columns."""
     lines = []
     for name, value, _, text in _OPTIONS:
         head = f"  --{name} {value}"
@@ -2560,6 +2702,7 @@ def _understood(ours: Mapping[str, str], theirs: dict[str, str], operands: list[
 
 
 def _number_from(name: str, kind: Callable[[str], float], text: str) -> float:
+    """Return the positive number that *text* says.  Raise `_Exit` if it is none."""
     with contextlib.suppress(ValueError):
         number = kind(text)
         if 0 < number < 1e9:
@@ -2568,6 +2711,7 @@ def _number_from(name: str, kind: Callable[[str], float], text: str) -> float:
 
 
 def _first_line(path: str) -> str:
+    """Return the first line of a file, without its end: a password.  Raise `OSError` or `UnicodeError`."""
     with open(path, encoding="utf-8") as file:
         return file.readline().rstrip("\r\n")
 
@@ -2590,17 +2734,29 @@ def _make_mailer(options: Mapping[str, Any]) -> Mailer:
     return SMTPMailer(**settings)
 
 
-def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
-    """Run the processors: for one pass, or until a signal; a second one ends them at once."""
+def _make_processors(queue: Maildir, options: Mapping[str, Any]) -> list[QueueProcessorThread]:
+    """Return the processors that the command line describes.  Raise `_Exit` if there can be none."""
     try:
         mailer = _make_mailer(options)
     except (OSError, ValueError) as error:
         raise _Exit(os.EX_USAGE, _reason(error)) from None
-    settings = {
-        "interval": options.get("interval", 3.0), "batch": options.get("batch"),
-        "max_age": options.get("max-age", 5) * 86400, "soft_bounce": "soft-bounce" in options,
-    }  # fmt: skip
-    processors = [QueueProcessorThread(queue, mailer, **settings) for _ in range(options.get("workers", 1))]
+    processors = []
+    for _ in range(options.get("workers", 1)):
+        processor = QueueProcessorThread(
+            queue,
+            mailer,
+            options.get("interval", 3.0),
+            batch=options.get("batch"),
+            max_age=options.get("max-age", 5) * 86400,
+            soft_bounce="soft-bounce" in options,
+        )
+        processors.append(processor)
+    return processors
+
+
+def _process(queue: Maildir, options: Mapping[str, Any]) -> None:
+    """Run the processors: for one pass, or until a signal; a second one ends them at once."""
+    processors = _make_processors(queue, options)
 
     def stop(signum: int, _frame: object) -> None:
         signal.signal(signum, signal.SIG_DFL)
@@ -2648,6 +2804,7 @@ def _read_message(flags: Mapping[str, str]) -> bytes:
 
 
 def _user() -> str:
+    """Return the name of who runs this."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # as in many a container
@@ -2688,9 +2845,17 @@ def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, A
     path = queue._path(directory, name)
     status = os.lstat(path)
     entry: dict[str, Any] = {
-        "name": name, "state": "due", "age": now - _arrival(_DUE.sub("", name), status), "size": status.st_size,
-        "due": None, "message_id": "", "subject": "", "sender": "", "recipients": (), "error": "",
-    }  # fmt: skip
+        "name": name,
+        "state": "due",
+        "age": now - _arrival(_DUE.sub("", name), status),
+        "size": status.st_size,
+        "due": None,
+        "message_id": "",
+        "subject": "",
+        "sender": "",
+        "recipients": (),
+        "error": "",
+    }
     if directory.startswith("."):
         entry["state"] = "failed"
     elif directory == "deferred" and _due_time(name, now) > now:
@@ -2769,6 +2934,7 @@ def _fit(line: str) -> str:
 
 
 def _show(lines: Iterable[str]) -> None:
+    """Print *lines*, each at once.  Raise `OSError` if they are not taken."""
     if sys.stdout is None:
         raise OSError("standard output is closed")
     for line in lines:
@@ -2836,6 +3002,10 @@ def _become_owner(path: str, undo: contextlib.ExitStack) -> None:
 
 
 def _run(argv: Sequence[str], handler: logging.Handler, undo: contextlib.ExitStack) -> None:
+    """Do what *argv* asks for; *undo* gets what is to be undone after it.
+
+    Raise `_Exit`, `OSError`, `ValueError` for a message, and `MemoryError` for a large one.
+    """
     arguments = _parse(argv)
     options = arguments.ours
     if "help" in options:
@@ -2868,9 +3038,12 @@ def _run(argv: Sequence[str], handler: logging.Handler, undo: contextlib.ExitSta
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line *argv*, by default that of the process; return its exit status (see --help).
+    """Run the command line; return its exit status (see --help, and sysexits.h).
 
-    The process is left as it was found: its signal handlers, its logger and its user.
+    argv        the arguments, without the name of the program; by default those of the process
+
+    The process is left as it was found: its signal handlers, its logger and its user.  Handlers that
+    were subscribed before get the events.
     """
     if argv is None:
         argv = sys.argv[1:]
