@@ -1405,7 +1405,16 @@ os.register_at_fork(before=_fork_lock.acquire, after_in_parent=_fork_lock.releas
 
 
 def _open_locked(path: str) -> int | None:
-    """Open and lock a file.  None: it is gone, or a living process holds it.  Raise `OSError` for trouble."""
+    """Open and lock a file.  None: it is gone, or a living process holds it.  Raise `OSError` for trouble.
+
+    open      gets the inode that is at the path now; no link leads it elsewhere, no FIFO stops it
+    fstat     tells whether that is a file: nothing else is ever moved, sent or unlinked
+    flock     lets one process in, and out of it when it dies, however it dies
+    lstat     tells whether that inode is still at the path: between open and flock another process
+              may have sent, moved or replaced the message, and let go of it
+
+    From here on the path is ours: who opens it now fails to lock it.
+    """
     with _fork_lock:
         try:  # O_RDWR: NFS locks nothing else exclusively.  O_NONBLOCK: a FIFO must not stop us
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -1576,7 +1585,11 @@ class Maildir:
             os.unlink(self._path("tmp", name))
 
     def _publish(self, name: str, directory: str = "new") -> None:
-        """Move a complete file out of tmp/: from here on it is in the queue.  Raise `OSError` if it stays."""
+        """Move a complete file out of tmp/: this commits it, for from here on it is in the queue.
+
+        A process that dies before the rename leaves litter; one that dies after it, a message that
+        any processor sends.  Raise `OSError` if the file stays.
+        """
         try:
             os.rename(self._path("tmp", name), self._path(directory, name))
         except OSError:  # which NFS may say of what it has done
@@ -2002,7 +2015,10 @@ def _as_mailer(mailer: Any) -> Any:
 
 
 class _Memory:
-    """Where the messages of a transaction wait for its end, to be sent in its commit; not queued."""
+    """The messages of a transaction wait here for its end, and are sent in its commit.
+
+    There is no file: what can't be sent then, or is under way when the process dies, is lost.
+    """
 
     def __init__(self, mailer: Mailer) -> None:
         self.mailer = mailer
@@ -2136,6 +2152,9 @@ class _Savepoint:
 
 class _DataManager:
     """What one delivery has to do with one transaction (`transaction.interfaces.ISavepointDataManager`).
+
+    send() adds to it · commit() does all that can fail · tpc_finish() lets the messages go · abort()
+    and tpc_abort() forget them · savepoint() counts them, and its rollback forgets the later ones.
 
     `transaction` calls `abort` and `tpc_abort` at any time, even after a commit: they know only of
     messages that are not finished, and finish takes those away first.
