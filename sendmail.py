@@ -1377,7 +1377,7 @@ def _fsync_all(paths: Sequence[str]) -> None:
 
     threads = []
     with contextlib.suppress(RuntimeError):  # there are no more threads, as at interpreter exit: fewer will do
-        for _ in range(min(len(paths), _FSYNCS_AT_ONCE) - 1):
+        for _ in range(min(len(paths) - 3, _FSYNCS_AT_ONCE - 1)):  # three take no longer than a thread is worth
             thread = threading.Thread(target=work)
             thread.start()
             threads.append(thread)
