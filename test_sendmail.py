@@ -1273,14 +1273,6 @@ def test_message_id_and_date_are_added_where_they_are_missing(queue: Maildir, gi
     assert f"<{message_id}>" in message
 
 
-def test_one_address_will_do_duplicates_count_once_and_nobody_is_refused(queue):
-    for nobody in ([], (), iter(())):
-        with pytest.raises(ValueError, match="no recipients"):
-            queue.add(SENDER, nobody, MESSAGE)
-    queue.add("", ["ann@x.org", "bob@x.org", "Ann <ann@x.org>"], MESSAGE)
-    assert queued(queue)[:2] == ("", ["ann@x.org", "bob@x.org"])
-
-
 class Address(str, enum.Enum):
     ANN = "ann@x.org"
 
@@ -4274,6 +4266,7 @@ WRONG = [  # an argument, who takes it, and what it can't be
     ("password", lambda queue, value: SMTPMailer(username="app", password=value), [None, 3]),
     ("address", lambda queue, value: queue.add(value, ANN, MESSAGE), [None, 3]),
     ("toaddrs|address", lambda queue, value: queue.add(SENDER, value, MESSAGE), [None, 3, [None]]),
+    ("recipients", lambda queue, value: queue.add(SENDER, value, MESSAGE), [[], (), iter(())]),
     ("message", lambda queue, value: queue.add(SENDER, ANN, value), [None, 3]),
 ]
 
