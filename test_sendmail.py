@@ -465,7 +465,7 @@ class Sink:
     """A relay that keeps account of what each connection took, and whether it was heard of again after that.
 
     It defers recipients called `deferred…` and refuses those called `refused…`; while `gate` is clear, it takes
-    messages and does not say so.
+    messages and does not say so; otherwise it does so after `delay` seconds.
     """
 
     def __init__(self) -> None:
@@ -473,6 +473,7 @@ class Sink:
         self.last: dict[Connection, list[str]] = {}  # whom a connection took it for when it was last heard of
         self.gate = threading.Event()
         self.gate.set()
+        self.delay = 0.0
         self.busy = 0
         self.lock = threading.Lock()
         self.server = Scripted(self._serve)
@@ -507,6 +508,7 @@ class Sink:
         with self.lock:
             self.taken += [(address, connection, connection.messages[-1]) for address in connection.accepted]
         self.gate.wait(60)
+        time.sleep(self.delay)
         return "250 2.0.0 Ok: queued"
 
     def recipients(self) -> list[str]:
@@ -2211,6 +2213,8 @@ relayhost = [127.0.0.1]:{beyond}
 disable_dns_lookups = yes
 smtpd_peername_lookup = no
 smtpd_error_sleep_time = 0
+smtpd_recipient_limit = 100
+message_size_limit = 200000
 smtpd_forbid_bare_newline = reject
 smtpd_forbid_bare_newline_exclusions =
 smtpd_relay_restrictions = permit_mynetworks, reject
@@ -2380,6 +2384,17 @@ def test_postfix_sees_no_bare_line_end_and_no_smuggled_command(postfix, port):
             assert mailer.send("a@x.org", ["b@x.org"], MESSAGE + smuggler)["b@x.org"].code == 250
     assert sorted(received.content[received.content.index(b"Message-Id"):] for received in postfix.arrived(
         len(SMUGGLERS))) == sorted(crlf(MESSAGE + smuggler) for smuggler in SMUGGLERS)
+
+
+@pytest.mark.parametrize("large", [1, 1500])
+def test_postfix_takes_groups_of_a_hundred(queue, postfix, large):
+    recipients = [f"r{i}@x.org" for i in range(250)]
+    queue.add("a@x.org", recipients, MESSAGE * large)
+    counts = QueueProcessorThread(queue, SMTPMailer("127.0.0.1", postfix.port)).process()
+    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 0, 0, 0)
+    wait_until(lambda: sum(len(received.recipients) for received in postfix.beyond.received) >= 250)
+    arrived = postfix.arrived(len(postfix.beyond.received))
+    assert sorted(address for received in arrived for address in received.recipients) == sorted(recipients)
 
 
 def test_postfix_takes_non_ascii_addresses(postfix):
@@ -2715,6 +2730,26 @@ def test_guarantee_2_what_cannot_be_locked_is_not_sent(bench: Bench) -> None:
     assert len(run.told) == 3 and all(line.startswith("log ERROR") for line in run.told)
 
 
+def test_guarantee_2_a_lock_on_a_file_that_is_no_longer_there_is_no_claim(queue, sink, monkeypatch):
+    queue.add("app@x.org", ["old@x.org"], MESSAGE)
+    (path,) = pathlib.Path(queue.path, "new").iterdir()
+    flock = fcntl.flock
+
+    def late_flock(fd: int, operation: int) -> None:
+        if operation != fcntl.LOCK_UN and path.exists() and b"old@" in path.read_bytes():
+            replacement = path.with_name("replacement")  # as another processor does, between our open and our lock
+            replacement.write_bytes(path.read_bytes().replace(b"old@", b"changed@"))
+            replacement.rename(path)
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late_flock)
+    processor = QueueProcessorThread(queue, sink.mailer())
+    processor.process()
+    assert sink.taken == [] and state(queue) == {"new": [path.name]}
+    assert processor.process().sent == 1
+    assert sink.recipients() == ["changed@x.org"]
+
+
 @pytest.mark.parametrize("place", ["new", "cur", "deferred"])
 def test_guarantee_2_what_somebody_else_has_locked_is_left_to_them(place, run, queue, relay):
     path = put(queue, f"{place}/{NAME}")
@@ -2914,6 +2949,23 @@ def assert_nothing_lost(root: pathlib.Path, sink: Sink, later: float = 0.0) -> N
     assert standing(root, "new") == standing(root, "cur") == []
 
 
+def kill_points(run: Run) -> list[tuple[str, int]]:
+    return [(call, n + 1) for call, count in run.count().items() if call not in QUIET for n in range(count)]
+
+
+def killed_at(call: str, n: int) -> tuple[str, ...]:
+    return "-e", f"trace={call},getppid", "-e", f"inject={call}:signal=SIGKILL:when={n}"
+
+
+def assert_kills(what: str, points: list[Any], results: list[tuple[int, list[str]]]) -> None:
+    """Nearly all points were reached; some, not all, lie in the window for a duplicate."""
+    kills = sum(status == -signal.SIGKILL for status, _ in results)
+    repeated = sum(bool(duplicates) for _, duplicates in results)
+    print(f"{what}: {kills} kill points, {repeated} of them in the window for a duplicate")
+    assert kills >= 0.9 * len(points) > 90
+    assert 0 < repeated < kills
+
+
 @pytest.mark.sweep
 def test_guarantee_1_no_kill_in_a_pass_loses_a_recipient_and_only_the_window_repeats_one(benches: Benches) -> None:
     with benches.one() as bench:
@@ -2923,19 +2975,106 @@ def test_guarantee_1_no_kill_in_a_pass_loses_a_recipient_and_only_the_window_rep
 
     def kill_in_pass(bench: Bench, root: pathlib.Path, call: str, n: int) -> tuple[int, list[str]]:
         mixed_queue(root)
-        run = bench.run(PASS, root, "-e", f"trace={call},getppid", "-e", f"inject={call}:signal=SIGKILL:when={n}")
+        run = bench.run(PASS, root, *killed_at(call, n))
         assert_nothing_lost(root, bench.sink)
         assert not bench.sink.duplicates_outside_the_window()
         assert not sent_events(run) & set(bench.sink.duplicates())
         return run.status, bench.sink.duplicates()
 
-    points = [(call, n + 1) for call, count in traced.count().items() if call not in QUIET for n in range(count)]
-    results = benches.sweep(kill_in_pass, points)
-    kills = sum(status == -signal.SIGKILL for status, _ in results)
-    repeated = sum(bool(duplicates) for _, duplicates in results)
-    print(f"a pass: {kills} kill points, {repeated} of them in the window for a duplicate")
-    assert kills >= 0.9 * len(points) > 90
-    assert 0 < repeated < kills
+    points = kill_points(traced)
+    assert_kills("a pass", points, benches.sweep(kill_in_pass, points))
+
+
+@pytest.mark.sweep
+def test_guarantee_4_no_kill_in_a_commit_loses_what_was_committed_or_shows_a_part_of_it(benches: Benches) -> None:
+    with benches.one() as bench:
+        traced = bench.run(ENQUEUE, bench.directory / "traced enqueue", count=3)
+        assert traced.told == ["committed"]
+
+    def kill_in_commit(bench: Bench, root: pathlib.Path, call: str, n: int) -> int:
+        run = bench.run(ENQUEUE, root, *killed_at(call, n), count=3)
+        committed = run.told == ["committed"]
+        Maildir(root)  # completes it, if it was cut short
+        visible = standing(root, "new")
+        assert one_pass(root, bench.sink).left == 0
+        assert bench.sink.recipients() == visible == sorted(set(visible))
+        assert visible == ["plain0@x.org", "plain1@x.org", "plain2@x.org"] or not committed
+        return run.status
+
+    points = kill_points(traced)
+    statuses = benches.sweep(kill_in_commit, points)
+    kills = statuses.count(-signal.SIGKILL)
+    print(f"an enqueue of 3 messages and the creation of the queue: {kills} kill points, no duplicate")
+    assert kills >= 0.9 * len(points) > 20
+
+
+DIRECT = """
+delivery = sendmail.DirectMailDelivery(sendmail.SMTPMailer("127.0.0.1", port, timeout=30), fallback=path)
+for recipients in (["plain@x.org"], ["sent@x.org", "deferred@x.org", "refused@x.org"], ["dead@x.org"]):
+    delivery.send("app@x.org", recipients, message)
+transaction.commit()
+tell("committed")
+"""
+
+
+@pytest.mark.sweep
+def test_no_kill_in_a_direct_delivery_with_a_fallback_loses_what_was_committed(benches: Benches) -> None:
+    with benches.one() as bench:
+        traced = bench.run(DIRECT, bench.directory / "traced direct")
+        assert traced.told[-1] == "committed"
+
+    def kill_in_direct(bench: Bench, root: pathlib.Path, call: str, n: int) -> tuple[int, list[str]]:
+        run = bench.run(DIRECT, root, *killed_at(call, n))
+        Maildir(root)
+        wait_until(lambda: not bench.sink.busy)
+        if "committed" in run.told:
+            assert_nothing_lost(root, bench.sink)
+        else:
+            visible = {address for directory in ("new", "cur", "deferred") for address in standing(root, directory)}
+            committed = visible | set(bench.sink.recipients())
+            assert one_pass(root, bench.sink).outage is None
+            assert committed & {"plain@x.org", "sent@x.org", "dead@x.org"} == set(bench.sink.recipients())
+        assert not bench.sink.duplicates_outside_the_window()
+        return run.status, bench.sink.duplicates()
+
+    points = kill_points(traced)
+    assert_kills("a direct delivery", points, benches.sweep(kill_in_direct, points))
+
+
+@pytest.mark.sweep
+def test_four_processes_with_two_processors_each_killed_at_random_lose_nothing(tmp_path, background, sink):
+    queue = Maildir(tmp_path / "crowded")
+    sink.delay = 0.02
+    everybody = [f"sent{number:04}@x.org" for number in range(2000)]
+    delivery = QueuedMailDelivery(queue)
+    for address in everybody:
+        delivery.send("app@x.org", [address], MESSAGE)
+    transaction.commit()
+
+    def start() -> Any:
+        command = processor_command(queue, sink, "--interval", 0.02, "--workers", 2)
+        return background(*command, stderr=subprocess.PIPE)
+
+    processes = [start() for _ in range(4)]
+    chance = random.Random(5)
+    kills = 0
+    while os.listdir(tmp_path / "crowded" / "new") or os.listdir(tmp_path / "crowded" / "cur"):
+        time.sleep(chance.uniform(0.0, 0.3))
+        victim = chance.randrange(4)
+        if sink.taken:
+            processes[victim].kill()
+            assert processes[victim].communicate(timeout=20)[1] == b""
+            processes[victim] = start()
+            kills += 1
+    for process in processes:
+        process.terminate()
+        process.communicate(timeout=20)
+    wait_until(lambda: not sink.busy)
+    assert set(sink.recipients()) == set(everybody)
+    assert sink.duplicates_outside_the_window() == []
+    assert len(sink.duplicates()) <= kills * 2
+    print(f"4 processes x 2 processors, 2,000 messages: {kills} kills, {len(sink.duplicates())} duplicates, in the window")
+    assert kills > 3 and state(queue).keys() <= {"tmp"}
 
 
 # ------------------------------------------------------------------------------------------- crashes and faults: faults
@@ -3063,6 +3202,21 @@ def test_guarantee_4_a_directory_that_another_process_made_is_durable_before_it_
         assert max(run.find("fsync", f"<{parent}>", reply) for parent in parents) < use
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_guarantee_5_a_message_given_up_whole_is_durable_in_failed(made: bool, bench: Bench) -> None:
+    root = bench.directory / f"given up {made}"
+    Maildir(root).add("app@x.org", ["refused@x.org"], MESSAGE)
+    if made:  # by another process, which may have died before it was durable
+        (root / ".failed/new").mkdir(parents=True)
+    run = bench.run(PASS, root)
+    reply, rename = run.find("recvfrom", "550 5.1.1"), run.find("rename", f'"{root}/.failed/new/')
+    written = run.find("write", "X-Sendmail-Error: 5.1.1 550 5.1.1 unknown\\n")
+    temporary = run.calls[written][1].partition("<")[2].partition(">")[0]
+    assert written < run.find("fsync", f"<{temporary}>") < rename
+    assert max(run.find("fsync", f"<{directory}>", reply) for directory in (root, root / ".failed")) < rename
+    assert rename < run.find("fsync", f"<{root}/.failed/new>", rename) < run.find("writev", "MailErrorEvent")
+
+
 def test_guarantee_5_a_list_that_is_shortened_in_place_is_durable_before_the_rest(bench: Bench) -> None:
     root = bench.directory / "shortened"
     Maildir(root).add("app@x.org", ["sent@x.org", "deferred@x.org"], MESSAGE)
@@ -3071,6 +3225,15 @@ def test_guarantee_5_a_list_that_is_shortened_in_place_is_durable_before_the_res
     shortened = run.find("pwrite64", "deferred@x.org")
     assert run.find("recvfrom", "Ok: queued") < shortened
     assert shortened < run.find("fsync", f"<{root}/cur/{name}>") < run.find("writev", "MailSentEvent")
+
+
+def test_guarantee_4_a_requeue_is_durable(bench: Bench) -> None:
+    root = bench.directory / "requeued"
+    Maildir(root).add("app@x.org", ["refused@x.org"], MESSAGE)
+    bench.run(PASS, root)
+    run = bench.run("tell(f'status {sendmail.main(arguments)}')", root, arguments=["--maildir", str(root), "--requeue"])
+    rename = run.find("rename", f'"{root}/.failed/new/')
+    assert rename < run.find("fsync", f"<{root}/new>") < run.find("writev", "status 0")
 
 
 def test_guarantee_6_nothing_stands_between_the_final_reply_and_what_records_it(bench: Bench) -> None:
@@ -3268,6 +3431,30 @@ with transaction.manager:
 """
     subprocess.run(python_command(code, queue.path, relay.port), timeout=60, check=True)
     assert (len(relay.received), state(queue)) == (3, {})
+
+
+def test_every_fork_hears_its_own_stop(queue):
+    code = """
+import os, signal, sys, threading, time, sendmail
+processor = sendmail.QueueProcessorThread(sys.argv[1], sendmail.StreamMailer(), 3600)
+gates = [os.pipe() for _ in range(8)]
+children = []
+for gate in gates:
+    if not (child := os.fork()):
+        signal.alarm(20)
+        thread = threading.Thread(target=processor.run)  # 3.13.0 starts no Thread that was made before the fork
+        thread.start()
+        os.read(gate[0], 1)
+        processor.stop()
+        thread.join()
+        os._exit(0)
+    children.append(child)
+time.sleep(0.3)
+for child, gate in zip(children, gates):
+    os.write(gate[1], b"x")
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run(python_command(code, queue.path), timeout=30, check=True)
 
 
 @pytest.mark.parametrize("kind", ["queued", "fallback"])
