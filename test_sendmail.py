@@ -5449,7 +5449,8 @@ BAD_INPUT = {
         "-t", "ann@", "'ann bob carl'", "'ann@example.com\nBcc: eve@x.org'", "ann\udcff@example.com", "''",
         "-f app@ ann@example.com", "--domain 'a b' root")},
     **{f"message: {message}": ("--maildir {q} -t", message.encode(), 65) for message in (
-        "To: <ann@example.com@>, bob@\n", "To: ann@x.org\u200b\n\n", "To: ann@x.org\nMessage-Id: nonsense\n\n")},
+        "To: <ann@example.com@>, bob@\n", "To: ann@x.org\u200b\n\n", "To: ann@x.org\nMessage-Id: nonsense\n\n",
+        "To: a(b\n\n")},
     **{f"queue: {path} {arguments}": (f"--maildir {{d}}/{path} {arguments}", MESSAGE, 73) for path, arguments in (
         *((path, ANN) for path in ("file", "file/queue", "no/where", "", "locked/queue", "x" * 300)), ("", ""),
         ("locked", "--list"), ("missing", "--list"), ("missing", "--requeue"))},
