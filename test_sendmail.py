@@ -2820,6 +2820,45 @@ def test_guarantee_3_a_child_forked_at_the_wrong_moment_does_not_keep_a_claim(co
     assert number > 1
 
 
+LOST_DESCRIPTORS = """
+import os, sys, threading, time, sendmail
+met = threading.Barrier(9)
+reader, writer = os.pipe()
+held = lambda: [fd for fd in os.listdir("/proc/self/fd") if "/cur/" in os.path.realpath(f"/proc/self/fd/{fd}")]
+
+class Mailer:
+    def send(self, fromaddr, toaddrs, message):
+        met.wait(20)
+        time.sleep(60)
+
+for _ in range(8):
+    threading.Thread(target=sendmail.QueueProcessorThread(sys.argv[1], Mailer()).process, daemon=True).start()
+met.wait(20)
+for fd in held()[:4]:
+    os.close(int(fd))  # as a daemon does that closes what it does not know
+child = os.fork()
+if not child:
+    os.write(writer, b"x")
+    time.sleep(60)
+os.read(reader, 1)  # it is up
+print(child, flush=True)
+os._exit(0)
+"""
+
+
+def test_guarantee_3_a_lost_descriptor_keeps_no_other_open_in_a_child(queue, relay):
+    for number in range(8):
+        queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
+    command = python_command(LOST_DESCRIPTORS, queue.path, options=["-W", "ignore"])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        child = int(process.stdout.readline())
+        try:
+            process.wait(20)
+            assert QueueProcessorThread(queue, relay.mailer()).process().sent == 8
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_what_cannot_be_claimed_stops_nothing_is_said_once_and_looked_at_again_after_a_minute(queue, relay, caplog):
     queue.add("app@x.org", ["ann@x.org"], MESSAGE)
     in_the_way = pathlib.Path(queue.path, "cur", state(queue)["new"][0])
@@ -4901,6 +4940,18 @@ def test_neither_an_idle_pass_nor_fresh_mail_lists_what_is_deferred(bench: Bench
     assert "connect" not in idle and len(idle) <= 3 * 32
     print(f"20,000 deferred: {len(idle) / 3:.0f} calls in an idle pass, then {run.told[-1]}")
     assert run.told[-1] == "1 sent, 20000 left" and bench.sink.recipients() == ["fresh@x.org"]
+
+
+def test_a_message_with_many_replies_costs_no_square_of_their_number(queue, events, monkeypatch):
+    comparisons, equal = [], Reply.__eq__
+    monkeypatch.setattr(Reply, "__eq__", lambda one, other: comparisons.append(1) or equal(one, other))
+    monkeypatch.setattr(Reply, "__hash__", lambda reply: hash((reply.code, reply.text)))
+    everybody = [f"{number}@x.org" for number in range(1000)]
+    queue.add("app@x.org", everybody, MESSAGE)
+    mailer = calling(lambda to: {address: Reply(450, f"4.2.1 {address}") for address in to})
+    assert QueueProcessorThread(queue, mailer).process().deferred == 1
+    assert [event.toaddrs for event in events] == [(address,) for address in everybody]
+    assert len(comparisons) < 10 * len(everybody)
 
 
 def test_a_message_in_many_groups_is_not_written_again_for_each(queue):
