@@ -1484,7 +1484,7 @@ class Maildir:
         present = set(os.listdir(self.path))
         missing = _ESSENTIAL - present
         if missing and (present - _ESSENTIAL or not create):
-            raise ValueError(f"{self.path} is not a Maildir; left as it is")
+            raise ValueError(f"{self.path} is not a Maildir, for it has no {min(missing)}; left as it is")
         self._refuse_links()
         model = self._path("new")
         if "new" in missing:
@@ -1889,6 +1889,7 @@ class _Courier:
     soft_bounce: bool = False
     counts: _Counts = dataclasses.field(default_factory=_Counts)
     losses: int = 0  # messages in a row that the relay has lost, and answered in no other way
+    latest_loss: Reply | None = None
 
     def deliver(self, directory: str, name: str) -> None:
         """Claim a message, if nobody has, and send it.
@@ -1908,7 +1909,7 @@ class _Courier:
             self.counts.deferred += "deferred" in claim.outcomes
             self.counts.failed += "failed" in claim.outcomes
         if self.losses >= _LOSSES_MAX:
-            raise RelayUnavailable(f"{self.losses} messages in a row were lost by the relay; see --list")
+            raise RelayUnavailable(f"{self.losses} messages in a row had no answer of their own: {self.latest_loss}")
 
     def _deliver(self, claim: _Claim) -> None:
         """Send a claimed message, and settle it.  Raise as `deliver` does."""
@@ -1925,7 +1926,7 @@ class _Courier:
             claim.outcomes.add("failed")
         except Exception as error:
             _log.error("%s: %s", _printable(claim.path), _reason(error))
-            self._defer(claim, dict.fromkeys(claim.toaddrs, Reply(451, f"4.3.0 {_reason(error)}")))
+            self._defer(claim, dict.fromkeys(claim.toaddrs, Reply(451, f"4.3.0 {_reason(error)}", "none")))
 
     def _attempt(self, claim: _Claim) -> None:
         """Send to one group of recipients after the other, and settle the message by their replies."""
@@ -1950,7 +1951,11 @@ class _Courier:
                     failed[address] = reply
                 else:
                     deferred[address] = reply
-        self.losses = self.losses + 1 if lost else 0
+        if lost:
+            self.losses += 1
+            self.latest_loss = reply
+        else:
+            self.losses = 0
         if failed:
             self._settle_failed(claim, failed, deferred)
         if deferred and not claim.held:
@@ -2419,8 +2424,8 @@ class QueueProcessorThread(threading.Thread):
             seconds = max(seconds, min(self._clock() - self._outage_began, _OUTAGE_WAIT_MAX))
         elif trigger >= 0:
             poll.register(trigger, select.POLLIN)
-        if self._allowance() < 1:
-            seconds = self._finished[0] + self._interval - self._clock()
+        if self._allowance() < 1:  # until it is whole again
+            seconds = self._finished[-1] + self._interval - self._clock()
         ready = [fd for fd, _ in poll.poll(min(1000 * max(seconds, 0), 1 << 30))]
         for fd in ready:
             with contextlib.suppress(BlockingIOError):
@@ -2757,7 +2762,9 @@ def _make_processors(queue: Maildir, options: Mapping[str, Any]) -> list[QueuePr
     """Return the processors that the command line describes.  Raise `_Exit` if there can be none."""
     try:
         mailer = _make_mailer(options)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _Exit(os.EX_USAGE, f"cannot read the password file: {_reason(error)}") from None
+    except ValueError as error:
         raise _Exit(os.EX_USAGE, _reason(error)) from None
     processors = []
     for _ in range(options.get("workers", 1)):
@@ -2974,18 +2981,19 @@ def _list(queue: Maildir, as_json: bool) -> None:
 
 def _requeue(queue: Maildir, names: Sequence[str]) -> None:
     """Make failed and deferred messages due, all or those called *names*."""
-    missing = set(names)
+    missing = {_DUE.sub("", name) for name in names}  # a due time changes at every try
     trouble: OSError | None = None
     for directory in ("deferred", ".failed/new", ".failed/cur"):
         for name in sorted(queue._names(directory)):
-            if names and name not in missing:
+            lasting_name = _DUE.sub("", name)
+            if names and lasting_name not in missing:
                 continue
             try:
                 claim = queue._lock(directory, name)
                 if claim is not None:
                     with contextlib.closing(claim):
                         claim.requeue()
-                    missing.discard(name)
+                    missing.discard(lasting_name)
             except OSError as error:
                 trouble = error
     queue._secure("new")
@@ -3036,7 +3044,7 @@ def _run(argv: Sequence[str], handler: logging.Handler, undo: contextlib.ExitSta
     if "verbose" in options:
         _log.setLevel(logging.INFO)
     path = options.get("maildir") or os.environ.get("SENDMAIL_MAILDIR")
-    if not path:
+    if not path or path.startswith("--"):
         raise _Exit(os.EX_USAGE, "no queue: name it with --maildir or $SENDMAIL_MAILDIR; see --help")
     try:
         _become_owner(path, undo)
