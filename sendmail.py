@@ -2348,6 +2348,7 @@ class QueueProcessorThread(threading.Thread):
         self._waiting = 0  # messages in deferred/, when it was last looked at, and by what was done here since
         self._left_alone: dict[str, float] = {}  # what can't be claimed or settled, and until when
         self._next_look = 0.0
+        self._cut_short = False  # the latest pass, by *batch*
         self._next_cleaning = 0.0
         self._outage_began = 0.0  # 0: there is none
 
@@ -2422,10 +2423,13 @@ class QueueProcessorThread(threading.Thread):
         poll.register(self._bell[0], select.POLLIN)
         if self._outage_began:  # the wait doubles, for it is as long as the outage has lasted
             seconds = max(seconds, min(self._clock() - self._outage_began, _OUTAGE_WAIT_MAX))
-        elif trigger >= 0:
-            poll.register(trigger, select.POLLIN)
-        if self._allowance() < 1:  # until it is whole again
-            seconds = self._finished[-1] + self._interval - self._clock()
+        else:
+            if trigger >= 0:
+                poll.register(trigger, select.POLLIN)
+            if self._cut_short and self._allowance() >= 1:
+                seconds = 0.0
+            elif self._cut_short:  # until the next message may go
+                seconds = self._finished[0] + self._interval - self._clock()
         ready = [fd for fd, _ in poll.poll(min(1000 * max(seconds, 0), 1 << 30))]
         for fd in ready:
             with contextlib.suppress(BlockingIOError):
@@ -2464,6 +2468,7 @@ class QueueProcessorThread(threading.Thread):
             except RelayUnavailable as error:
                 counts.outage = error
             self._look_at_deferred()  # if that was not done yet
+        self._cut_short = due and counts.messages >= budget
         if due or self._left_alone:  # or else new/ is empty, and cur/ as it was
             counts.left = sum(1 for directory in ("new", "cur") for _ in queue._names(directory))
         counts.left += self._waiting

@@ -4870,6 +4870,24 @@ def test_batch_bounds_every_interval_whatever_wakes_a_processor(queue, monkeypat
     assert max(intervals) < 16, "nor are there less"
 
 
+def test_batch_is_reached_where_enough_is_waiting(queue, monkeypatch):
+    now, sent = [1_800_000_000.0], []
+
+    def send(_recipients):
+        now[0] += 0.01
+        sent.append(now[0])
+        if len(sent) == 12:
+            processor.stop()
+
+    for _ in range(12):
+        queue.add("app@x.org", "ann@x.org", MESSAGE)
+    processor = QueueProcessorThread(queue, calling(send), 10.0, batch=3)
+    processor._clock = lambda: now[0]
+    monkeypatch.setattr(select, "poll", lambda: Poll(now, lambda seconds: seconds))
+    processor.run()
+    assert 30 <= sent[-1] - sent[0] < 31
+
+
 def test_batch_bounds_one_pass_however_long_it_takes(queue: Maildir) -> None:
     now = [1_800_000_000.0]
     for _ in range(5):
@@ -6187,7 +6205,7 @@ def test_pydoc_is_short_and_shows_the_public_names_alone():
     contents = shown.partition("\nCLASSES\n")[2]
     names = re.findall(r"^    (?:class (\w+)|(\w+)(?:\(.*\) ->| = )).*", contents, re.MULTILINE)
     assert {name for name in map("".join, names) if not name.startswith("__")} == set(sendmail.__all__)
-    assert len(shown.splitlines()) < 1000  # most of it inherited from the standard library
+    assert len(shown.splitlines()) < 1200  # most of it inherited from the standard library
 
 
 def test_every_public_name_is_documented_and_nothing_else_is_public():
