@@ -63,12 +63,12 @@ What can't be guaranteed
     Unlinks are not fsynced: a power cut may repeat the last few messages.  A crash after the copy in
     .failed/ may try its recipients again.  A relay that took a message and died before saying so
     gets it twice.  Where an unlink (or replacement) fails, the process holds the message as long as
-    it lives; the next one sends it again.  Where the disk is too full for another file, the shorter
-    list is written over the longer one, and a power cut in that moment may splice two addresses.  A
-    process that dies after a database has committed, but before its own turn came, leaves the mail
-    in tmp/; so does a rename that fails after the commit, and a critical line in the log names the
-    file.  A DirectMailDelivery without a fallback has no queue: what fails, or is under way when the
-    process dies, is lost.
+    it lives; the next one sends it again.  Where the disk is too full for another file, and between
+    the groups of a hundred recipients of a large message, the shorter list is written over the
+    longer one, and a power cut in that moment may splice two addresses.  A process that dies after a
+    database has committed, but before its own turn came, leaves the mail in tmp/; so does a rename
+    that fails after the commit, and a critical line in the log names the file.  A DirectMailDelivery
+    without a fallback has no queue: what fails, or is under way when the process dies, is lost.
 """
 
 from __future__ import annotations
@@ -641,7 +641,7 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
 
 
 def _as_reply(reply: Any) -> Reply:
-    """Return a `Reply`, also of smtplib's pair of code and text.  Raise `TypeError` or `ValueError` if it is none."""
+    """Return a `Reply`, also of smtplib's pair of code and text.  Raise `TypeError` or the like if it is none."""
     if isinstance(reply, tuple):
         reply = Reply(*reply)
     if not isinstance(reply, Reply) or not isinstance(reply.code, int):
@@ -2450,6 +2450,7 @@ class QueueProcessorThread(threading.Thread):
     def _pass(self, budget: float, woken: bool = False) -> _Counts:
         """Take up dead claims; connect, if anything is due; send at most *budget* messages."""
         queue = self._queue
+        self._cut_short = False
         queue._refuse_links()
         self._clean()
         courier = _Courier(queue, self._mailer, notify, self._clock, self._max_age, self._soft_bounce)
@@ -2551,7 +2552,8 @@ class QueueProcessorThread(threading.Thread):
         self._waiting = 0
         for name in self._queue._names("deferred"):
             self._waiting += 1
-            # as `_due_time` has it, but as text, which is quick: there may be a million
+            # `_due_time`, but as text, which is quick, for there may be a million: only a name that has no time, and
+            # an arrival in the next hour, by a wrong clock, waits for that
             if this_second < name[:11] <= latest and name[:10].isdecimal() and name[10:11] == ".":
                 if name < first:
                     first = name[:11]

@@ -4888,6 +4888,26 @@ def test_batch_is_reached_where_enough_is_waiting(queue, monkeypatch):
     assert 30 <= sent[-1] - sent[0] < 31
 
 
+def test_a_queue_that_cannot_be_read_is_looked_at_once_in_an_interval_though_batch_cut_a_pass_short(queue, monkeypatch):
+    now, waits = [1_800_000_000.0], []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 1:
+            os.rename(queue.path, f"{queue.path}.away")
+        if len(waits) == 4:
+            processor.stop()
+        return seconds
+
+    for _ in range(2):
+        queue.add("app@x.org", "ann@x.org", MESSAGE)
+    processor = QueueProcessorThread(queue, calling(lambda _recipients: None), 10.0, batch=1)
+    processor._clock = lambda: now[0]
+    monkeypatch.setattr(select, "poll", lambda: Poll(now, wait))
+    processor.run()
+    assert waits == [10, 10, 10, 10]
+
+
 def test_batch_bounds_one_pass_however_long_it_takes(queue: Maildir) -> None:
     now = [1_800_000_000.0]
     for _ in range(5):
