@@ -703,6 +703,14 @@ def _wire_address(address: str, smtputf8: bool) -> bytes | None:
     return None
 
 
+def _wire_size(message: bytes) -> int:
+    """Return the length of *message* as it goes on the wire: see `_wire_pieces()`; dots do not count (RFC 1870, 5)."""
+    size = len(message) + message.count(b"\r") + message.count(b"\n") - 2 * message.count(b"\r\n")
+    if message and not message.endswith((b"\r", b"\n")):
+        size += 2
+    return size
+
+
 def _wire_pieces(message: bytes, dots: bool) -> Iterator[bytes]:
     """Yield *message* in pieces of at most 64 KB: CR, LF and CRLF made CRLF, and one put at the end if it lacks one.
 
@@ -729,15 +737,16 @@ def _wire_pieces(message: bytes, dots: bool) -> Iterator[bytes]:
 
 
 class _Lost(Exception):
-    """The connection can't be used any more; *reply* is what this is to the message on its way.
+    """The connection can't be used any more, and *reply* is what that means for the message on its way.
 
-    *again*: the relay dropped the connection before it had the message, or wants a new one.
+    *dropped* is whether the relay has ended it without a word on that message, or wants a new one:
+    then the message may be sent again at once.
     """
 
-    def __init__(self, reply: Reply, again: bool = False) -> None:
+    def __init__(self, reply: Reply, dropped: bool = False) -> None:
         super().__init__(str(reply))
         self.reply = reply
-        self.again = again
+        self.dropped = dropped
 
 
 class _Dialogue(smtplib.SMTP):
@@ -754,11 +763,11 @@ class _Dialogue(smtplib.SMTP):
     def __init__(self, relay: tuple[str, int], ehlo_name: str | None, timeout: float, **options: Any) -> None:
         """Connect, and read the banner.  Raise what smtplib raises: `SMTPConnectError`, other `OSError`s."""
         self.relay = "%s:%d" % relay
-        self.carried = False  # a message
         self._received = bytearray()  # and not read
         self._broken: OSError | None = None  # why nothing can be written any more
-        self._step = "MAIL"  # until that is answered; then 'RCPT'; then 'data': what was sent may have been taken
-        self._data_written = False
+        self._carried = False  # a message before the one on its way
+        self._data_written = False  # of the message on its way, or a part of it
+        self._awaits_verdict = False  # what is read next are the replies to the data
         super().__init__(*relay, ehlo_name, timeout=timeout, **options)
 
     def getreply(self) -> tuple[int, bytes]:
@@ -787,15 +796,16 @@ class _Dialogue(smtplib.SMTP):
     ) -> dict[str, Reply]:
         """Do one mail transaction (RFC 5321, 3.3); return a reply for each recipient.
 
-        Raise `_Lost` if that should be tried on another connection, for this one carried others before.
+        Raise `_Lost` if the relay has dropped a connection that carried messages before, as it may:
+        this one should be tried on another.
         """
-        carried = self.carried
         replies: dict[str, Reply] = {}
+        self._data_written = self._awaits_verdict = False
         try:
             self._transact(fromaddr, toaddrs, message, replies, chunking)
         except _Lost as lost:
             self.close()
-            if carried and lost.again:
+            if self._carried and lost.dropped:
                 raise
             for address in toaddrs:
                 if address not in replies or replies[address].outcome == "sent":  # not refused by itself
@@ -803,54 +813,59 @@ class _Dialogue(smtplib.SMTP):
         except BaseException:
             self.close()
             raise
+        self._carried = True
         return replies
 
     def _transact(
         self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply], chunking: bool
     ) -> None:
-        """Write the message, then read the replies, as far as the relay takes that; fill *replies*.
+        """Write as much at once as the relay takes, read the replies, write the rest; fill *replies*.
 
-        The sequence of commands is RFC 5321's, 3.3.  Raise `_Lost` where the connection can't be used
-        any more.
+        Raise `_Lost` where the connection can't be used any more.
         """
-        size = sum(map(len, _wire_pieces(message, dots=False)))  # RFC 1870, 5
+        size = _wire_size(message)
         mail, recipients = self._commands(fromaddr, toaddrs, message, size, replies)
         if not recipients:
             return
-        self._step = "MAIL"
-        self._data_written = False
         # of more recipients, the replies could fill the buffers both ways
         pipelining = self.has_extn("pipelining") and len(recipients) <= _GROUP
         chunking = chunking and pipelining and self.has_extn("chunking")
-        self._data_written = chunking and size <= _CHUNK
+        at_once = chunking and size <= _CHUNK
+        self._data_written = at_once
         if pipelining:
             together = [mail, *recipients.values()]
-            if self._data_written:
+            if at_once:
                 together += [b"BDAT %d LAST\r\n" % size, *_wire_pieces(message, dots=False)]
             elif not chunking:
                 together.append(b"DATA\r\n")
             self._write(b"".join(together))
         self._ask_envelope(mail, recipients, pipelining, replies)
         accepted = [address for address in recipients if replies[address].outcome == "sent"]
-        if self._data_written:
+        if at_once:
             verdict = self._answer(final=True)
+        elif pipelining and not chunking:
+            verdict = self._send_data(message, accepted, written=True)
+        elif not accepted:
+            verdict = _NOBODY
         elif chunking:
-            verdict = self._send_chunks(message, size, accepted)
+            verdict = self._send_chunks(message, size)
         else:
-            verdict = self._send_data(message, pipelining, accepted)
+            verdict = self._send_data(message, accepted, written=False)
         replies.update(dict.fromkeys(accepted, verdict))
-        if verdict.outcome == "sent" and not accepted:
-            raise _Lost(_NOBODY)
-        # Refused at the end of DATA, a transaction is over.  Else it may be open, and the next would be nested in it.
-        if verdict.outcome != "sent" and (chunking or self._step == "RCPT"):
+        if verdict.outcome != "sent":
             self._reset()
+        elif not accepted:  # a chunk for nobody was taken: this is not RFC 3030's dialogue
+            self.close()
 
     def _reset(self) -> None:
-        """Say RSET (RFC 5321, 4.1.1.5).  Raise `_Lost` if that is refused."""
-        self._step = "data"  # the message has its verdict
+        """End a transaction that may be open, or the next would be nested in it (RFC 5321, 4.1.1.5)."""
         self._write(b"RSET\r\n")
-        if self._answer().outcome != "sent":
-            raise _Lost(_NOBODY)
+        try:
+            refused = self._answer().outcome != "sent"
+        except _Lost:
+            refused = True
+        if refused:
+            self.close()
 
     def _commands(
         self, fromaddr: str, toaddrs: Sequence[str], message: bytes, size: int, replies: dict[str, Reply]
@@ -884,10 +899,8 @@ class _Dialogue(smtplib.SMTP):
     ) -> None:
         """Fill *replies* with those to MAIL and RCPT, which may be *written* already."""
         sender = self._answer_to(mail, written)
-        if self.carried and sender.code // 100 == 4:  # relays limit the messages of a connection
-            raise _Lost(sender, again=True)
-        self.carried = True
-        self._step = "RCPT"
+        if self._carried and sender.code // 100 == 4:  # relays limit the messages of a connection
+            raise _Lost(sender, dropped=True)
         replies.update(dict.fromkeys(recipients, sender))
         for address, command in recipients.items():
             if sender.outcome == "sent":
@@ -895,38 +908,36 @@ class _Dialogue(smtplib.SMTP):
             elif written:
                 self._answer()
 
-    def _send_chunks(self, message: bytes, size: int, accepted: Sequence[str]) -> Reply:
+    def _send_chunks(self, message: bytes, size: int) -> Reply:
         """Send a large *message* by BDAT (RFC 3030); return the reply to the last chunk, or the first refusal."""
-        if not accepted:
-            return _NOBODY
-        self._step = "data"
+        self._data_written = self._awaits_verdict = True
         chunks = sent = 0
         for chunk in _wire_pieces(message, dots=False):
             chunks += 1
             sent += len(chunk)
             last = b" LAST" if sent == size else b""
             self._write(b"BDAT %d%s\r\n%s" % (len(chunk), last, chunk))
-        for number in range(chunks):
-            reply = self._answer(final=number == chunks - 1)
-            if reply.outcome != "sent" and number < chunks - 1:
+        for _ in range(chunks - 1):
+            reply = self._answer()
+            if reply.outcome != "sent":
                 raise _Lost(reply)  # what the relay makes of the other chunks is nobody's business
-        return reply
+        return self._answer(final=True)
 
-    def _send_data(self, message: bytes, written: bool, accepted: Sequence[str]) -> Reply:
-        """Send *message* by DATA, which may be *written*; return the reply to it."""
-        if not accepted and not written:
-            return _NOBODY
+    def _send_data(self, message: bytes, accepted: Sequence[str], written: bool) -> Reply:
+        """Send *message* by DATA, which may be *written* already; return the reply to it."""
         reply = self._answer_to(b"DATA\r\n", written, go_ahead=354)
         if reply.outcome == "sent":
             raise self._lost(f"unexpected reply to DATA: {reply}")
-        if reply.code == 354:
-            if not accepted:  # a relay may say so though it has no recipient (RFC 2920, 3.1)
-                message = b""
-            for piece in _wire_pieces(message, dots=True):
-                self._write(piece)
-            reply = self._answer(final=True)
-            if not accepted:
-                return _NOBODY
+        if reply.code != 354:
+            return reply
+        self._data_written = True
+        if not accepted:  # a relay may say 354 though it has no recipient; then it gets nothing (RFC 2920, 3.1)
+            message = b""
+        for piece in _wire_pieces(message, dots=True):
+            self._write(piece)
+        reply = self._answer(final=True)
+        if not accepted:
+            return _NOBODY
         return reply
 
     def is_quiet(self) -> bool:
@@ -966,7 +977,7 @@ class _Dialogue(smtplib.SMTP):
         """Return the next reply.  Raise `_Lost` where there is none, or none that we could go on after."""
         seconds = self.timeout
         if final:
-            self._step = "data"
+            self._awaits_verdict = True
             seconds = _FINAL_REPLY_TIMEOUT
         if self._broken is not None:
             seconds = _LAST_WORDS_TIMEOUT
@@ -976,20 +987,19 @@ class _Dialogue(smtplib.SMTP):
             raise self._lost(self._broken or error) from error
         reply = Reply(code, text, self.relay)  # type: ignore[arg-type]
         if code == 421:
-            raise _Lost(reply, again=self._step != "data")
+            raise _Lost(reply, dropped=not self._awaits_verdict)
         understood = 200 <= code < 300 or 400 <= code < 600 or code == go_ahead
         if not understood or (final and self._broken is not None and reply.outcome == "sent"):
             raise self._lost(f"unexpected reply: {reply}")
         return reply
 
     def _lost(self, reason: Any) -> _Lost:
-        """Return what a lost connection means to the message on its way; *reason* is an `OSError`, or what was said."""
+        """Return what the loss of the connection means; *reason* is an `OSError`, or what was said."""
         text = f"4.4.2 connection lost: {_reason(reason)}"
-        if self._step == "data" or self._data_written:
+        if self._data_written:
             text += "; the relay may have taken the message"
-        before_data = self._step == "MAIL" or (self._step == "RCPT" and not self._data_written)
         disconnected = isinstance(reason, OSError) and not isinstance(reason, TimeoutError)
-        return _Lost(Reply(421, text, self.relay), again=before_data and disconnected)
+        return _Lost(Reply(421, text, self.relay), dropped=disconnected and not self._awaits_verdict)
 
     def _read_reply(self, seconds: float) -> tuple[int, bytes]:
         """Read one reply (RFC 5321, 4.2), all of it within *seconds*.  Raise `OSError` if it does not come."""
