@@ -441,9 +441,11 @@ def _check(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> _D
     content = _serialise(message, (sender, *recipients))
     headers = _headers_of(content)
     lines = []
-    message_id = _first_header(headers, "Message-Id")
-    if not _header_values(headers, "Message-Id"):
-        message_id = email.utils.make_msgid(domain=socket.gethostname())
+    message_id = email.utils.make_msgid(domain=socket.gethostname())
+    present = _header_values(headers, "Message-Id")
+    if present:
+        message_id = present[0]
+    else:
         lines.append(f"Message-Id: {message_id}")
     if not message_id.isprintable() or not re.fullmatch(r"<[^<>\s]+>", message_id):
         raise ValueError(f"malformed Message-Id, not <left@right>: {_printable(message_id)!r}")
@@ -1662,8 +1664,8 @@ class Maildir:
                 raise
         return claim
 
-    def _clean(self, now: float) -> None:
-        """Remove litter from tmp/; the log names its envelope."""
+    def _remove_litter(self, now: float) -> None:
+        """Remove from tmp/ what was never committed; the log names its envelope."""
         for name in list(self._names("tmp")):
             with contextlib.suppress(OSError):  # it is gone, or somebody else's
                 if now - os.lstat(self._path("tmp", name)).st_mtime < _LITTER_AGE:
@@ -1824,17 +1826,18 @@ class _Claim:
 
 @dataclasses.dataclass
 class _Counts:
-    """What a pass did, in messages; `outage` is why it ended early.
+    """What a pass did, in messages.
 
     A message counts as `sent`, `deferred` and `failed` if that befell one of its recipients.
     """
 
-    messages: int = 0
+    claimed: int = 0
     sent: int = 0
     deferred: int = 0
     failed: int = 0
-    left: int = 0
-    outage: RelayUnavailable | None = None
+    left: int = 0  # in new/, cur/ and deferred/, when the pass ended
+    cut_short: bool = False  # by *batch*
+    outage: RelayUnavailable | None = None  # that ended it early
 
 
 def _report(
@@ -1910,10 +1913,10 @@ class _Courier:
         claim = self.queue._claim(directory, name)
         if claim is None:
             return
-        self.counts.messages += 1
+        self.counts.claimed += 1
         try:
             with contextlib.closing(claim):
-                self._deliver(claim)
+                self._send(claim)
         finally:
             self.counts.sent += "sent" in claim.outcomes
             self.counts.deferred += "deferred" in claim.outcomes
@@ -1921,7 +1924,7 @@ class _Courier:
         if self.losses >= _LOSSES_MAX:
             raise RelayUnavailable(f"{self.losses} messages in a row had no answer of their own: {self.latest_loss}")
 
-    def _deliver(self, claim: _Claim) -> None:
+    def _send(self, claim: _Claim) -> None:
         """Send a claimed message, and settle it.  Raise as `deliver` does."""
         try:
             claim.read()
@@ -1968,8 +1971,9 @@ class _Courier:
             self.losses = 0
         if failed:
             self._settle_failed(claim, failed, deferred)
-        if deferred and not claim.held:
+        elif deferred:
             claim.note(deferred, _error_line(deferred))
+        if deferred and not claim.held:
             self._defer(claim, deferred)
 
     def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, in_place: bool) -> None:
@@ -1982,7 +1986,7 @@ class _Courier:
                 claim.remove()
         except Exception as trouble:
             claim.hold(trouble)
-        self._report(claim, "sent", sent)
+        self._tell(claim, "sent", sent)
 
     def _settle_failed(self, claim: _Claim, failed: Mapping[str, Reply], deferred: Mapping[str, Reply]) -> None:
         """Give up for those who are *failed*; the others, if any, are left in the file."""
@@ -1995,17 +1999,17 @@ class _Courier:
         else:
             claim.note(failed, _error_line(failed))
             claim.give_up()
-        self._report(claim, "failed", failed)
+        self._tell(claim, "failed", failed)
 
     def _defer(self, claim: _Claim, replies: Mapping[str, Reply]) -> None:
         """Keep the message for a later try, and tell who waits for it, and why."""
         now = self.clock()
         due = int(now + _backoff(now - claim.arrival))
         claim.defer(due)
-        self._report(claim, "deferred", replies, due)
+        self._tell(claim, "deferred", replies, due)
 
-    def _report(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0) -> None:
-        """Note *outcome* for the counts, and tell of it: always after the change on disk, never before."""
+    def _tell(self, claim: _Claim, outcome: str, replies: Mapping[str, Reply], due: float = 0.0) -> None:
+        """Count *outcome*, and tell of it: always after the change on disk, never before."""
         claim.outcomes.add(outcome)
         _report(self.tell, outcome, claim, replies, self.mailer, self.clock() - claim.arrival, due)
 
@@ -2353,12 +2357,11 @@ class QueueProcessorThread(threading.Thread):
         self._clock: Callable[[], float] = time.time
         self._stopping = False
         self._make_bell()
-        self._finished: collections.deque[float] = collections.deque()  # when, of the latest *batch* messages
+        self._finished: collections.deque[float] = collections.deque(maxlen=batch or 0)  # when, of the latest messages
         self._retries: collections.deque[str] = collections.deque()  # what is due in deferred/, in order
         self._waiting = 0  # messages in deferred/, when it was last looked at, and by what was done here since
         self._left_alone: dict[str, float] = {}  # what can't be claimed or settled, and until when
         self._next_look = 0.0
-        self._cut_short = False  # the latest pass, by *batch*
         self._next_cleaning = 0.0
         self._outage_began = 0.0  # 0: there is none
 
@@ -2400,8 +2403,8 @@ class QueueProcessorThread(threading.Thread):
             while not self._stopping:
                 trigger = self._queue._open_trigger()  # anew, for somebody may have replaced it
                 try:
-                    self._try_pass(woken)
-                    woken = self._wait(trigger)
+                    counts = self._try_pass(woken)
+                    woken = self._wait(trigger, counts)
                 finally:
                     if trigger >= 0:
                         os.close(trigger)
@@ -2409,37 +2412,37 @@ class QueueProcessorThread(threading.Thread):
             self._queue._wake()  # the others, if this one was woken in their place
             atexit.unregister(self._stop_and_join)
 
-    def _try_pass(self, woken: bool) -> None:
+    def _try_pass(self, woken: bool) -> _Counts:
         """Make a pass, and say when an outage is over."""
         try:
             counts = self._pass(self._allowance(), woken)
         except Exception as error:  # the queue can't be read, for now
             _log.error("cannot process %s: %s", self._queue.path, _reason(error))
-            return
+            return _Counts()
         if counts.outage is not None:
             self._outage_began = self._outage_began or self._clock()
         else:
-            if self._outage_began and counts.messages:
+            if self._outage_began and counts.claimed:
                 _log.warning("the relay is back, after %.0f s", self._clock() - self._outage_began)
             self._outage_began = 0.0
+        return counts
 
-    def _wait(self, trigger: int) -> bool:
-        """Wait for the next pass; return whether mail has come.
+    def _wait(self, trigger: int, counts: _Counts) -> bool:
+        """Wait for the next pass, the latest one having done *counts*; return whether mail has come.
 
         What was written to wake us is read before that pass lists, so that no mail is missed.
         """
         seconds = self._interval
         poll = select.poll()
         poll.register(self._bell[0], select.POLLIN)
+        if trigger >= 0 and not self._outage_began:
+            poll.register(trigger, select.POLLIN)
         if self._outage_began:  # the wait doubles, for it is as long as the outage has lasted
             seconds = max(seconds, min(self._clock() - self._outage_began, _OUTAGE_WAIT_MAX))
-        else:
-            if trigger >= 0:
-                poll.register(trigger, select.POLLIN)
-            if self._cut_short and self._allowance() >= 1:
-                seconds = 0.0
-            elif self._cut_short:  # until the next message may go
-                seconds = self._finished[0] + self._interval - self._clock()
+        elif counts.cut_short and self._allowance() >= 1:
+            seconds = 0.0
+        elif counts.cut_short:  # until the next message may go
+            seconds = self._finished[0] + self._interval - self._clock()
         ready = [fd for fd, _ in poll.poll(min(1000 * max(seconds, 0), 1 << 30))]
         for fd in ready:
             with contextlib.suppress(BlockingIOError):
@@ -2460,17 +2463,16 @@ class QueueProcessorThread(threading.Thread):
     def _pass(self, budget: float, woken: bool = False) -> _Counts:
         """Take up dead claims; connect, if anything is due; send at most *budget* messages."""
         queue = self._queue
-        self._cut_short = False
         queue._refuse_links()
-        self._clean()
+        self._remove_litter_hourly()
+        in_cur = self._take_up_dead_claims()
         courier = _Courier(queue, self._mailer, notify, self._clock, self._max_age, self._soft_bounce)
         counts = courier.counts
-        counts.left = self._take_up_dead_claims()
         fresh = self._fresh()
         if not fresh:
             self._look_at_deferred()
         due = bool(fresh or self._retries)
-        if due and budget >= 1 and not self._stopping:
+        if due and self._may_go_on(counts, budget):
             if woken and len(fresh) > 1:
                 queue._wake()  # the next processor
             try:
@@ -2478,11 +2480,10 @@ class QueueProcessorThread(threading.Thread):
                     self._work(courier, fresh, budget)
             except RelayUnavailable as error:
                 counts.outage = error
-            self._look_at_deferred()  # if that was not done yet
-        self._cut_short = due and counts.messages >= budget
+        counts.cut_short = due and counts.claimed >= budget
+        counts.left = in_cur + self._waiting
         if due or self._left_alone:  # or else new/ is empty, and cur/ as it was
-            counts.left = sum(1 for directory in ("new", "cur") for _ in queue._names(directory))
-        counts.left += self._waiting
+            counts.left = self._left()
         if counts.outage is not None:
             _log.warning("relay unavailable, %d left in the queue: %s", counts.left, _reason(counts.outage))
         return counts
@@ -2491,30 +2492,40 @@ class QueueProcessorThread(threading.Thread):
         """Deliver what is *fresh*, then one retry after the other; but what is new by then goes before each."""
         while True:
             for name in fresh:
-                if self._stopping or budget < 1:
+                if not self._may_go_on(courier.counts, budget):
                     return
-                budget -= self._deliver(courier, "new", name)
+                self._deliver(courier, "new", name)
             self._look_at_deferred()
-            if self._stopping or budget < 1 or not self._retries:
+            if not self._retries or not self._may_go_on(courier.counts, budget):
                 return
-            budget -= self._deliver(courier, "deferred", self._retries.popleft())
+            self._deliver(courier, "deferred", self._retries.popleft())
             fresh = self._fresh()
 
-    def _deliver(self, courier: _Courier, directory: str, name: str) -> int:
-        """Deliver one message, if nobody else has claimed it; return how many (0 or 1) that was."""
+    def _may_go_on(self, counts: _Counts, budget: float) -> bool:
+        """Return whether a pass may take another message."""
+        return counts.claimed < budget and not self._stopping
+
+    def _deliver(self, courier: _Courier, directory: str, name: str) -> None:
+        """Deliver one message, unless somebody else has claimed it, and keep account."""
         counts = courier.counts
+        claimed = counts.claimed
         deferred = counts.deferred
-        done = counts.messages
         try:
             courier.deliver(directory, name)
         except OSError as error:
             self._leave_alone(directory, name, error)
         finally:
-            self._waiting += counts.deferred - deferred - (directory == "deferred")
-            done = counts.messages - done
-            if done and self._batch < math.inf:
+            if directory == "deferred":
+                self._waiting -= 1
+            if counts.deferred > deferred:
+                self._waiting += 1
+            if counts.claimed > claimed:
                 self._finished.append(self._clock())
-        return done
+
+    def _left(self) -> int:
+        """Return how many messages the queue holds (in deferred/: by the latest look, and what was done here since)."""
+        self._look_at_deferred()
+        return self._waiting + sum(1 for directory in ("new", "cur") for _ in self._queue._names(directory))
 
     def _allowance(self) -> float:
         """Return how many messages may be sent now, so that there are no more than *batch* in any interval."""
@@ -2523,13 +2534,13 @@ class QueueProcessorThread(threading.Thread):
             self._finished.popleft()
         return self._batch - len(self._finished)
 
-    def _clean(self) -> None:
-        """Once an hour, remove litter."""
+    def _remove_litter_hourly(self) -> None:
+        """Remove litter, unless that was done less than an hour ago."""
         now = self._clock()
         if not now < self._next_cleaning <= now + 3600:
             self._next_cleaning = now + 3600
             self._left_alone.clear()
-            self._queue._clean(now)
+            self._queue._remove_litter(now)
 
     def _take_up_dead_claims(self) -> int:
         """Release what stands in cur/ and was abandoned by a process that died; return how many there were in it."""
