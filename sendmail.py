@@ -1310,6 +1310,7 @@ class StreamMailer:
 
 _ESSENTIAL = {"tmp", "new", "cur"}
 _FAILED = (".failed", ".failed/tmp", ".failed/cur", ".failed/new")
+_TO_NEW = ("tmp", "new")  # the way of what is queued
 _ALL_DIRECTORIES = ("tmp", "new", "cur", "deferred", *_FAILED)
 _ARRIVAL = re.compile(r"(\d+)(?:\.M(\d{6})P)?")  # of a name: the seconds and, if it is ours, the microseconds
 _DUE = re.compile(r"\A(\d{10})\.(?!M\d+P)")  # what comes before the name in deferred/, but not a name itself
@@ -1516,7 +1517,7 @@ class Maildir:
         the message can't be written.
         """
         draft = _check(fromaddr, toaddrs, message)
-        self._refuse_links()
+        self._refuse_links(_TO_NEW)
         self._store("new", draft.fromaddr, draft.toaddrs, draft.content)
         self._wake()
         return draft.message_id
@@ -1541,9 +1542,9 @@ class Maildir:
         finally:
             os.close(fd)
 
-    def _refuse_links(self) -> None:
-        """Raise `OSError` if one of the directories is a link: it would lead us to somebody's other files."""
-        for directory in _ALL_DIRECTORIES:
+    def _refuse_links(self, directories: Iterable[str] = _ALL_DIRECTORIES) -> None:
+        """Raise `OSError` if one of *directories* is a link: it would lead us to somebody's other files."""
+        for directory in directories:
             if os.path.islink(self._path(directory)):
                 raise OSError(f"{self._path(directory)} is a link: nothing is done in this queue")
 
@@ -2093,10 +2094,13 @@ class _Spool:
     def __init__(self, queue: Maildir, mailer: Mailer | None = None) -> None:
         self.queue = queue
         self.mailer = mailer
+        self.directories: Sequence[str] = _TO_NEW  # that messages may pass through here
+        if mailer is not None:
+            self.directories = _ALL_DIRECTORIES
 
     def put(self, draft: _Draft) -> None:
         """Write a message in tmp/, which need not be durable yet.  Raise `OSError` if it can't be written."""
-        self.queue._refuse_links()
+        self.queue._refuse_links(self.directories)
         draft.name = self.queue._write(draft.fromaddr, draft.toaddrs, draft.content)
         draft.content = b""
 

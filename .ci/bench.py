@@ -553,9 +553,14 @@ class Bench:
             self.workers.pop().end()
 
     def in_turns(self, row: str, rounds: int, contenders: Sequence[str], figure: Any, *arguments: Any) -> None:
-        """Take a figure of each contender that is to be had, in each round; where one fails, the others go on."""
-        for who in contenders * rounds:
+        """Take a figure of each contender that is to be had, in each round; where one fails, the others go on.
+
+        Every other round is in the opposite order, and nobody pays for what another has left to the disk.
+        """
+        order = [who for turn in range(rounds) for who in contenders[:: 1 - 2 * (turn % 2)]]
+        for who in order:
             if who in self.contenders and (row, who) not in self.failed:
+                os.sync()
                 try:
                     self.add(row, who, figure(who, *arguments))
                 except FAILURES as error:
