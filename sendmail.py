@@ -1858,10 +1858,11 @@ def _report(
     for address, reply in replies.items():
         addresses_by_reply.setdefault(reply, []).append(address)
     for reply, addresses in addresses_by_reply.items():
-        relay = reply.relay or type(mailer).__name__  # not its str(), which may show a password
-        quoted = json.dumps(str(reply), ensure_ascii=False)
-        _log.log(level, "%s message-id=<%s> from=<%s> to=<%s> relay=%s delay=%.1f reply=%s", outcome,
-                 message.message_id, message.fromaddr, ">,<".join(addresses), relay, delay, quoted)  # fmt: skip
+        if _log.isEnabledFor(level):
+            relay = reply.relay or type(mailer).__name__  # not its str(), which may show a password
+            quoted = json.dumps(str(reply), ensure_ascii=False)
+            _log.log(level, "%s message-id=<%s> from=<%s> to=<%s> relay=%s delay=%.1f reply=%s", outcome,
+                     message.message_id, message.fromaddr, ">,<".join(addresses), relay, delay, quoted)  # fmt: skip
         about = (message.message_id, message.fromaddr, tuple(addresses), str(reply))
         if outcome == "sent":
             tell(MailSentEvent(*about))
