@@ -85,7 +85,6 @@ import email.message
 import email.utils
 import fcntl
 import functools
-import getopt
 import io
 import itertools
 import json
@@ -2652,7 +2651,8 @@ exit status: 0 done, or stopped by a signal, even if messages were deferred or
 given up; 64 usage; 65 bad message, or no message called NAME; 73 the queue
 can't be opened or made; 74 input or output error; 75 relay unavailable;
 130 interrupted"""
-_SENDMAIL_OPTIONS = "A:B:C:F:GIL:N:O:R:UV:X:b:ce:f:h:imno:p:r:tv"  # Postfix's; -q is not getopt's kind
+_WITH_VALUE = "ABCFLNORVXbefhopr"  # of the options of sendmail(8), by Postfix
+_WITHOUT_VALUE = "GIUcimntv"
 _KINDS: Mapping[str, Callable[[str], float]] = {"SECONDS": float, "DAYS": float, "N": int, "PORT": int}
 _TIMES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 _SIZES = ((10**6, "MB"), (1000, "kB"), (1, "B"))
@@ -2689,39 +2689,65 @@ def _help() -> str:
     return _USAGE % "\n".join(lines)
 
 
+def _usage(text: str) -> _Exit:
+    """Return what ends a command line that makes no sense."""
+    return _Exit(os.EX_USAGE, f"{_printable(text)}; see --help")
+
+
 def _parse(argv: Sequence[str]) -> _Arguments:
-    """Understand *argv*.  Raise `_Exit` if it makes no sense."""
-    runs = [arg for arg in itertools.takewhile(lambda arg: arg != "--", argv) if arg.startswith("-q")]
-    theirs = dict.fromkeys(runs, "")  # of which only an attached value is one
-    rest = [arg for arg in argv if arg not in theirs]
-    known = [name + "=" * bool(value) for name, value, *_ in _OPTIONS]
+    """Understand *argv*: options and operands, in any order.  Raise `_Exit` if it makes no sense."""
+    takes_value = {name: value != "" for name, value, *_ in _OPTIONS}
     ours: dict[str, str] = {}
+    theirs: dict[str, str] = {}
     operands: list[str] = []
-    while rest:  # options may stand after operands
-        written = [arg.partition("=")[0] for arg in rest]
-        try:
-            pairs, after = getopt.getopt(rest, _SENDMAIL_OPTIONS, known)
-        except getopt.GetoptError as error:
-            raise _Exit(os.EX_USAGE, f"{error}; see --help") from None
-        for option, value in pairs:
-            if option in ("-o", "-b"):
-                theirs[option + value] = value
-            elif not option.startswith("--"):
-                theirs[option] = value
-            elif option in written:
-                ours[option[2:]] = value
-            elif "--password" in written:
-                raise _Exit(os.EX_USAGE, "everybody could see a password here: use --password-file FILE")
-            else:
-                raise _Exit(os.EX_USAGE, f"write {option} in full; see --help")
-        before = rest[: len(rest) - len(after)]
-        rest = after
-        if before.count("--") > [value for _, value in pairs].count("--"):
-            theirs["--"] = ""
-            break
-        operands += rest[:1]
-        del rest[:1]
-    return _understood(ours, theirs, operands + rest)
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            theirs[word] = ""
+            operands += words
+        elif word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            if name == "password":
+                raise _usage("everybody could see a password here: use --password-file FILE")
+            if name not in takes_value:
+                raise _usage(f"there is no option --{name}")
+            if equals and not takes_value[name]:
+                raise _usage(f"--{name} takes no value")
+            if takes_value[name] and not equals:
+                value = _next_word(words, f"--{name}")
+            ours[name] = value
+        elif word.startswith("-") and word != "-":
+            _parse_letters(word[1:], words, theirs)
+        else:
+            operands.append(word)
+    return _understood(ours, theirs, operands)
+
+
+def _next_word(words: Iterator[str], option: str) -> str:
+    """Return the next of *words*, the value of *option*.  Raise `_Exit` if there is none."""
+    for word in words:
+        return word
+    raise _usage(f"{option} takes a value")
+
+
+def _parse_letters(letters: str, words: Iterator[str], theirs: dict[str, str]) -> None:
+    """Put options of sendmail(8), as many as stand in one word, into *theirs*.  Raise `_Exit` for an unknown one."""
+    while letters:
+        option = f"-{letters[0]}"
+        value = letters[1:]
+        if letters[0] in _WITH_VALUE:
+            value = value or _next_word(words, option)
+            letters = ""
+        elif letters[0] == "q":  # whose value is never a word by itself
+            letters = ""
+        elif letters[0] in _WITHOUT_VALUE:
+            letters = value
+            value = ""
+        else:
+            raise _usage(f"there is no option {option}")
+        if option in ("-o", "-b"):
+            option += value
+        theirs[option] = value
 
 
 def _understood(ours: Mapping[str, str], theirs: dict[str, str], operands: list[str]) -> _Arguments:
@@ -2754,7 +2780,7 @@ def _understood(ours: Mapping[str, str], theirs: dict[str, str], operands: list[
     if stray:
         doing = {"pass": "sending what is due", "inject": f"queueing a message ({' '.join([*theirs, *operands])})"}
         what = doing.get(mode, f"--{mode}")
-        raise _Exit(os.EX_USAGE, f"{stray[0]} does not go together with {what}; see --help")
+        raise _usage(f"{stray[0]} does not go together with {what}")
     return _Arguments(mode, options, theirs, operands)
 
 
@@ -2764,7 +2790,7 @@ def _number_from(name: str, kind: Callable[[str], float], text: str) -> float:
         number = kind(text)
         if 0 < number < 1e9:
             return number
-    raise _Exit(os.EX_USAGE, f"--{name} takes a positive number, not {text!r}")
+    raise _usage(f"--{name} takes a positive number, not {text!r}")
 
 
 def _first_line(path: str) -> str:
@@ -2880,7 +2906,7 @@ def _inject(queue: Maildir, arguments: _Arguments) -> None:
             raise ValueError(f"not an address: {_printable(operand)!r}")
         recipients += _completed(operand, domain) or [operand]
     if not recipients and "-t" not in flags:
-        raise _Exit(os.EX_USAGE, "no recipients: name them, or use -t; see --help")
+        raise _usage("no recipients: name them, or use -t")
     sender = flags.get("-f", flags.get("-r", _user()))
     sender = ",".join(_completed(sender, domain)).removeprefix("<>")  # several are refused below
     message = _read_message(flags)
@@ -3078,7 +3104,7 @@ def _run(argv: Sequence[str], handler: logging.Handler, undo: contextlib.ExitSta
         _log.setLevel(logging.INFO)
     path = options.get("maildir") or os.environ.get("SENDMAIL_MAILDIR")
     if not path or path.startswith("--"):
-        raise _Exit(os.EX_USAGE, "no queue: name it with --maildir or $SENDMAIL_MAILDIR; see --help")
+        raise _usage("no queue: name it with --maildir or $SENDMAIL_MAILDIR")
     try:
         _become_owner(path, undo)
         new = not os.path.lexists(path)
