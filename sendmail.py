@@ -2601,31 +2601,31 @@ class QueueProcessorThread(threading.Thread):
 
 # --------------------------------------------------------------------------------------------- command line
 
-_ALL = ("pass", "list", "requeue", "inject")
-# name, what stands for its value in the help, where it means something, and what the help says
-_OPTIONS: tuple[tuple[str, str, Sequence[str], str], ...] = (
+_ALL = "pass list requeue inject"
+# name, what stands for its value in the help, the modes that it means something in, and what the help says
+_OPTIONS: tuple[tuple[str, str, str, str], ...] = (
     ("maildir", "DIR", _ALL, "the queue, made if it is missing\n(default: $SENDMAIL_MAILDIR)"),
-    ("interval", "SECONDS", ["pass"], "stay, look for mail that often, and when some is queued"),
-    ("workers", "N", ["pass"], "processors, each with a connection (default: 1)"),
-    ("batch", "N", ["pass"], "messages that each of them sends in any interval,\nor in its one pass, at most"),
-    ("max-age", "DAYS", ["pass"], "give up what is still deferred then (default: 5)"),
-    ("soft-bounce", "", ["pass"], "defer what the relay refuses for good"),
-    ("print", "", ["pass"], "print what is due, which leaves the queue, instead of\nsending it (see also --list)"),
-    ("hostname", "HOST", ["pass"], "the relay, HOST or HOST:PORT, or several, in order of\n"
+    ("interval", "SECONDS", "pass", "stay, look for mail that often, and when some is queued"),
+    ("workers", "N", "pass", "processors, each with a connection (default: 1)"),
+    ("batch", "N", "pass", "messages that each of them sends in any interval,\nor in its one pass, at most"),
+    ("max-age", "DAYS", "pass", "give up what is still deferred then (default: 5)"),
+    ("soft-bounce", "", "pass", "defer what the relay refuses for good"),
+    ("print", "", "pass", "print what is due, which leaves the queue, instead of\nsending it (see also --list)"),
+    ("hostname", "HOST", "pass", "the relay, HOST or HOST:PORT, or several, in order of\n"
      "preference, with commas between (default: localhost)"),
-    ("port", "PORT", ["pass"], "its port (default: 25)"),
-    ("username", "NAME", ["pass"], "log in, with the password in $SENDMAIL_PASSWORD, or"),
-    ("password-file", "FILE", ["pass"], "in the first line of FILE, read at every login"),
-    ("auth", "MECHANISM", ["pass"], "CRAM-MD5, PLAIN, LOGIN or XOAUTH2\n(default: the best of the first three)"),
-    ("no-tls", "", ["pass"], "never use TLS"),
-    ("force-tls", "", ["pass"], "require STARTTLS"),
-    ("implicit-tls", "", ["pass"], "speak TLS from the start, as on port 465"),
-    ("timeout", "SECONDS", ["pass"], "for each step of the dialogue (default: 60);\n"
+    ("port", "PORT", "pass", "its port (default: 25)"),
+    ("username", "NAME", "pass", "log in, with the password in $SENDMAIL_PASSWORD, or"),
+    ("password-file", "FILE", "pass", "in the first line of FILE, read at every login"),
+    ("auth", "MECHANISM", "pass", "CRAM-MD5, PLAIN, LOGIN or XOAUTH2\n(default: the best of the first three)"),
+    ("no-tls", "", "pass", "never use TLS"),
+    ("force-tls", "", "pass", "require STARTTLS"),
+    ("implicit-tls", "", "pass", "speak TLS from the start, as on port 465"),
+    ("timeout", "SECONDS", "pass", "for each step of the dialogue (default: 60);\n"
      "the reply to the data has ten minutes"),
-    ("list", "", ["list"], "show the queue,"),
-    ("json", "", ["list"], "as a JSON object for each message"),
-    ("requeue", "", ["requeue"], "make failed and deferred messages due again"),
-    ("domain", "DOMAIN", ["inject"], "completes addresses without one (default: this\nhost's name)"),
+    ("list", "", "list", "show the queue,"),
+    ("json", "", "list", "as a JSON object for each message"),
+    ("requeue", "", "requeue", "make failed and deferred messages due again"),
+    ("domain", "DOMAIN", "inject", "completes addresses without one (default: this\nhost's name)"),
     ("verbose", "", _ALL, "log what was sent or deferred, too"),
     ("help", "", _ALL, "show this"),
     ("version", "", _ALL, "show the version"),
@@ -2773,7 +2773,7 @@ def _understood(ours: Mapping[str, str], theirs: dict[str, str], operands: list[
     elif mode == "inject":
         stray = [option for option in theirs if option.startswith("-b") and option != "-bm"]
     for name, value, modes, _ in _OPTIONS:
-        if name in options and mode not in modes:
+        if name in options and mode not in modes.split():
             stray.append(f"--{name}")
         elif name in options and value in _KINDS:
             options[name] = _number_from(name, _KINDS[value], options[name])
