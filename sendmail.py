@@ -2570,22 +2570,17 @@ class QueueProcessorThread(threading.Thread):
         now = self._clock()
         if self._retries or now < self._next_look <= now + _LOOK_INTERVAL:
             return
-        this_second = f"{int(now):010}."
-        latest = f"{int(now + _BACKOFF_MAX):010}."
-        first = f"{int(now + _LOOK_INTERVAL):010}."
+        self._next_look = now + _LOOK_INTERVAL
         due = []
         self._waiting = 0
         for name in self._queue._names("deferred"):
             self._waiting += 1
-            # `_due_time`, but as text, which is quick, for there may be a million: only a name that has no time, and
-            # an arrival in the next hour, by a wrong clock, waits for that
-            if this_second < name[:11] <= latest and name[:10].isdecimal() and name[10:11] == ".":
-                if name < first:
-                    first = name[:11]
+            due_time = _due_time(name, now)
+            if due_time > now:
+                self._next_look = min(self._next_look, due_time)
             elif not self._is_left_alone(name):
                 due.append(name)
         self._retries.extend(sorted(due))
-        self._next_look = float(first)
 
     def _is_left_alone(self, name: str) -> bool:
         """Return whether the message called *name* was trouble less than a minute ago."""
