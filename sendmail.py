@@ -2360,7 +2360,7 @@ class QueueProcessorThread(threading.Thread):
         self._queue = _as_queue(queue)
         self._clock: Callable[[], float] = time.time
         self._stopping = False
-        self._make_bell()
+        self._bell = (-1, -1)  # a pipe, while this runs: what waits is woken by it
         self._finished: collections.deque[float] = collections.deque(maxlen=batch or 0)  # when, of the latest messages
         self._retries: collections.deque[str] = collections.deque()  # what is due in deferred/, in order
         self._waiting = 0  # messages in deferred/, when it was last looked at, and by what was done here since
@@ -2370,8 +2370,10 @@ class QueueProcessorThread(threading.Thread):
         self._outage_began = 0.0  # 0: there is none
 
     def _make_bell(self) -> None:
-        """Make the pipe that `stop()` writes to: a signal handler may, where an Event could dead-lock."""
-        self._pid = os.getpid()
+        """Make the pipe that `stop()` writes to: a signal handler may, where an Event could dead-lock.
+
+        It is made where it is read, for what one fork reads from a pipe is lost to the others.
+        """
         self._bell = os.pipe()
         for end in self._bell:
             os.set_blocking(end, False)
@@ -2389,7 +2391,7 @@ class QueueProcessorThread(threading.Thread):
     def stop(self) -> None:
         """Finish the message in hand, and start no other.  Returns at once, also in a signal handler."""
         self._stopping = True
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it is full, or does not run yet
             os.write(self._bell[1], b"\0")
 
     def _stop_and_join(self) -> None:
@@ -2400,8 +2402,7 @@ class QueueProcessorThread(threading.Thread):
 
     def run(self) -> None:
         """Make passes until `stop()`."""
-        if self._pid != os.getpid():  # what is read from the bell of several forks is lost to the others
-            self._make_bell()
+        self._make_bell()
         woken = False
         try:
             while not self._stopping:
