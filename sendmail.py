@@ -440,11 +440,11 @@ def _check(fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> _D
     content = _serialise(message, (sender, *recipients))
     headers = _headers_of(content)
     lines = []
-    message_id = email.utils.make_msgid(domain=socket.gethostname())
     present = _header_values(headers, "Message-Id")
     if present:
         message_id = present[0]
     else:
+        message_id = email.utils.make_msgid(domain=socket.gethostname())
         lines.append(f"Message-Id: {message_id}")
     if not message_id.isprintable() or not re.fullmatch(r"<[^<>\s]+>", message_id):
         raise ValueError(f"malformed Message-Id, not <left@right>: {_printable(message_id)!r}")
@@ -475,10 +475,8 @@ class _NoEnvelope(Exception):
     """The file has no readable envelope."""
 
 
-def _addresses_in_file(line: bytes | str) -> list[str]:
+def _addresses_in_file(line: str) -> list[str]:
     """Return the addresses in *line*: bare, as we write them, or with display names, as zope.sendmail may."""
-    if isinstance(line, bytes):
-        line = line.decode()
     line = line.strip()
     if _ADDR_SPECS.fullmatch(line):
         return list(dict.fromkeys(_ADDR_SPEC.findall(line)))
@@ -495,8 +493,8 @@ def _parse_envelope(head: bytes) -> _Envelope:
     length = 0
     try:
         if found:
-            senders = _addresses_in_file(found[1])
-            recipients = _addresses_in_file(found[2])
+            senders = _addresses_in_file(found[1].decode())
+            recipients = _addresses_in_file(found[2].decode())
             error = _printable(found[3] or b"")
             length = found.end()
         else:
@@ -1488,7 +1486,6 @@ class Maildir:
         self.path = os.fspath(path)
         if self.path and not os.path.isabs(self.path):  # the process may change its directory
             self.path = os.path.join(os.getcwd(), self.path)  # not abspath(), for '..' may follow a link
-        self._mode = 0o700
         self._durable: set[str] = set()  # folders that were made durable
         if create and not os.path.lexists(self.path):
             with contextlib.suppress(FileExistsError):
@@ -1873,8 +1870,13 @@ def _report(
 
 def _sent_and_others(replies: Mapping[str, Reply]) -> tuple[dict[str, Reply], dict[str, Reply]]:
     """Return those of *replies* that say 'sent', and all the others."""
-    sent = {address: reply for address, reply in replies.items() if reply.outcome == "sent"}
-    others = {address: reply for address, reply in replies.items() if address not in sent}
+    sent = {}
+    others = {}
+    for address, reply in replies.items():
+        if reply.outcome == "sent":
+            sent[address] = reply
+        else:
+            others[address] = reply
     return sent, others
 
 
@@ -3007,7 +3009,7 @@ def _table(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
 def _fit(line: str) -> str:
     """Return *line*, parts of which others wrote, printable and no wider than the terminal."""
     line = "".join(c if c.isprintable() else "?" for c in line)
-    if sys.stdout and sys.stdout.isatty():
+    if sys.stdout.isatty():
         width = os.get_terminal_size().columns
         if 0 < width < len(line):  # 0: unknown
             line = line[: width - 1] + "…"
