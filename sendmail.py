@@ -743,7 +743,6 @@ class _Lost(Exception):
     """
 
     def __init__(self, reply: Reply, dropped: bool = False) -> None:
-        super().__init__(str(reply))
         self.reply = reply
         self.dropped = dropped
 
