@@ -1413,40 +1413,6 @@ def _close_in_child() -> None:
 os.register_at_fork(before=_fork_lock.acquire, after_in_parent=_fork_lock.release, after_in_child=_close_in_child)
 
 
-def _open_locked(path: str) -> int | None:
-    """Open and lock a file.  None: it is gone, or a living process holds it.  Raise `OSError` for trouble.
-
-    open      gets the inode that is at the path now; no link leads it elsewhere, no FIFO stops it
-    fstat     tells whether that is a file: nothing else is ever moved, sent or unlinked
-    flock     lets one process in, and out of it when it dies, however it dies
-    lstat     tells whether that inode is still at the path: between open and flock another process
-              may have sent, moved or replaced the message, and let go of it
-
-    From here on the path is ours: who opens it now fails to lock it.
-    """
-    with _fork_lock:
-        try:  # O_RDWR: NFS locks nothing else exclusively.  O_NONBLOCK: a FIFO must not stop us
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
-        _claimed.add(fd)
-    locked = False
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a regular file")
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        locked = os.path.samestat(status, os.lstat(path))  # or else it was moved or replaced before we had the lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    finally:
-        if not locked:
-            _close(fd)
-    if not locked:
-        return None
-    return fd
-
-
 def _close(fd: int) -> None:
     """Unlock and close *fd*: a close alone would leave the lock to a forked child that holds a copy."""
     with _fork_lock:
@@ -1641,11 +1607,37 @@ class Maildir:
         return -1
 
     def _lock(self, directory: str, name: str) -> _Claim | None:
-        """Lock a message where it is.  None: it is gone, or a living process holds it.  Raise `OSError` for trouble."""
-        fd = _open_locked(self._path(directory, name))
-        if fd is None:
-            return None
-        return _Claim(self, directory, name, fd)
+        """Open and lock a message.  None: it is gone, or a living process holds it.  Raise `OSError` for trouble.
+
+        open      gets the inode that is at the path now; no link leads it elsewhere, no FIFO stops it
+        fstat     tells whether that is a file: nothing else is ever moved, sent or unlinked
+        flock     lets one process in, and out of it when it dies, however it dies
+        lstat     tells whether that inode is still at the path: between open and flock another process
+                  may have sent, moved or replaced the message, and let go of it
+
+        From here on the path is ours: who opens it now fails to lock it.
+        """
+        path = self._path(directory, name)
+        claim = None
+        with _fork_lock:
+            try:  # O_RDWR: NFS locks nothing else exclusively.  O_NONBLOCK: a FIFO must not stop us
+                fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except FileNotFoundError:
+                return None
+            _claimed.add(fd)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("not a regular file")
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(status, os.lstat(path)):  # or else it was moved or replaced before we had the lock
+                claim = _Claim(self, directory, name, fd)
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        finally:
+            if claim is None:
+                _close(fd)
+        return claim
 
     def _claim(self, directory: str, name: str) -> _Claim | None:
         """Move a message from new/ or deferred/ to cur/, locked.  None and `OSError` as in `_lock`."""
@@ -1737,18 +1729,15 @@ class _Claim:
     def replace(self, toaddrs: tuple[str, ...], error: str) -> None:
         """Replace the file by one for *toaddrs* alone; that is locked before it is seen, or it would look abandoned."""
         name = self.queue._write(self.fromaddr, toaddrs, self.message, error, sync=True)
-        path = self.queue._path("tmp", name)
         try:
-            fd = _open_locked(path)
-            if fd is None:
-                raise OSError(f"cannot lock {path}")
-            replaced = fd
-            try:
-                os.rename(path, self.path)
+            successor = self.queue._lock("tmp", name)
+            if successor is None:
+                raise OSError(f"cannot lock tmp/{name}")
+            with contextlib.closing(successor):
+                os.rename(successor.path, self.path)
                 replaced = self.fd
-                self.fd = fd
-            finally:
-                _close(replaced)
+                self.fd = successor.fd
+                successor.fd = replaced
         except OSError:
             self.queue._discard(name)
             raise
