@@ -872,15 +872,15 @@ class _Dialogue(smtplib.SMTP):
         smtputf8 = self.has_extn("smtputf8")
         sender = _wire_address(fromaddr, smtputf8)
         limit = self.esmtp_features.get("size", "")[:20]
-        refusal = "553 5.6.7 an address needs SMTPUTF8, which the relay does not offer"
+        refusal = Reply(553, "5.6.7 an address needs SMTPUTF8, which the relay does not offer", self.relay)
         if limit.isdecimal() and 0 < int(limit) < size:
-            refusal = f"552 5.3.4 {size} bytes are more than the relay takes ({limit})"
+            refusal = Reply(552, f"5.3.4 {size} bytes are more than the relay takes ({limit})", self.relay)
             sender = None
         recipients = {}
         for address in toaddrs:
             recipient = _wire_address(address, smtputf8)
             if sender is None or recipient is None:
-                replies[address] = Reply(int(refusal[:3]), refusal[4:], self.relay)
+                replies[address] = refusal
             else:
                 recipients[address] = b"RCPT TO:<%s>\r\n" % recipient
         mail = b"MAIL FROM:<%s>" % (sender or b"")
