@@ -841,14 +841,12 @@ class _Dialogue(smtplib.SMTP):
         accepted = [address for address in recipients if replies[address].outcome == "sent"]
         if at_once:
             verdict = self._answer(final=True)
-        elif pipelining and not chunking:
-            verdict = self._send_data(message, accepted, written=True)
-        elif not accepted:
+        elif not accepted and (chunking or not pipelining):
             verdict = _NOBODY
         elif chunking:
             verdict = self._send_chunks(message, size)
         else:
-            verdict = self._send_data(message, accepted, written=False)
+            verdict = self._send_data(message, accepted, written=pipelining)
         replies.update(dict.fromkeys(accepted, verdict))
         if verdict.outcome != "sent":
             self._reset()
