@@ -1698,10 +1698,8 @@ class _Claim:
         size = status.st_size
         head = _read_head(self.fd)
         self.fromaddr, self.toaddrs, self.error, start = _parse_envelope(head)
-        self.message = head[start:]
-        headers = _headers_of(self.message)
-        if len(head) < size:  # by itself, to be in memory once
-            self.message = os.pread(self.fd, size - start, start)
+        headers = _headers_of(head[start:])
+        self.message = os.pread(self.fd, size - start, start)
         if len(self.message) != size - start:  # over 2 GB (read(2))
             raise OSError(f"only {len(self.message)} bytes could be read")
         if start == 0:
