@@ -2785,18 +2785,19 @@ def _make_mailer(options: Mapping[str, Any]) -> Mailer:
     """Return the mailer that the command line describes.  Raise `ValueError` or `OSError` if there can be none."""
     if "print" in options:
         return StreamMailer()
-    settings: dict[str, Any] = {}
-    for name in ("hostname", "port", "username", "auth", "timeout"):
-        if name in options:
-            settings[name] = options[name]
-    for name in ("no-tls", "force-tls", "implicit-tls"):
-        settings[name.replace("-", "_")] = name in options
+    names = ("hostname", "port", "username", "auth", "timeout")
+    settings: dict[str, Any] = {name: options[name] for name in names if name in options}
     if "password-file" in options:
         os.close(os.open(options["password-file"], os.O_RDONLY))  # better now than at the first login
         settings["password"] = functools.partial(_first_line, options["password-file"])
     elif "username" in options:
         settings["password"] = os.environ.get("SENDMAIL_PASSWORD")
-    return SMTPMailer(**settings)
+    return SMTPMailer(
+        no_tls="no-tls" in options,
+        force_tls="force-tls" in options,
+        implicit_tls="implicit-tls" in options,
+        **settings,
+    )
 
 
 def _make_processors(queue: Maildir, options: Mapping[str, Any]) -> list[QueueProcessorThread]:
