@@ -619,7 +619,7 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         raise
     except _NO_RELAY as error:
         raise RelayUnavailable(_reason(error)) from error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # of a signal handler
         raise
     except BaseException as error:  # a mailer is anybody's code
         return {address: _reply_for(error, address) for address in toaddrs}
@@ -738,21 +738,25 @@ def _wire_pieces(message: bytes, dots: bool) -> Iterator[bytes]:
 class _Lost(Exception):
     """The connection can't be used any more, and *reply* is what that means for the message on its way.
 
-    *dropped* is whether the relay has ended it without a word on that message, or wants a new one:
+    *resend* is whether the relay ended it without a verdict on that message, or wants a new one:
     then the message may be sent again at once.
     """
 
-    def __init__(self, reply: Reply, dropped: bool = False) -> None:
+    def __init__(self, reply: Reply, resend: bool = False) -> None:
         self.reply = reply
-        self.dropped = dropped
+        self.resend = resend
 
 
 class _Dialogue(smtplib.SMTP):
-    """A connection to the relay: up to AUTH it is smtplib's, from MAIL on one write and one wait a message.
+    """A connection to the relay: up to AUTH it is smtplib's, from MAIL on as few writes as the relay takes.
 
-    That takes PIPELINING (RFC 2920) and CHUNKING (RFC 3030); without the latter it is two of each,
-    without the former one for each command.  Nothing of a message is sent before the last reply to
-    the one before.  Every reply is read under one deadline, however the relay serves it.
+    CHUNKING (RFC 3030)    MAIL, RCPT and BDAT with the message in one write, then the replies; but of
+                           over 64 KB, MAIL and RCPT, and once a recipient is accepted, the chunks
+    PIPELINING (RFC 2920)  MAIL, RCPT and DATA in one write; after the replies the message
+    neither                each command by itself
+
+    Nothing of a message is sent before the last reply to the one before.  Every reply is read under
+    one deadline, however the relay serves it.
     """
 
     sock: Any
@@ -803,7 +807,7 @@ class _Dialogue(smtplib.SMTP):
             self._transact(fromaddr, toaddrs, message, replies, chunking)
         except _Lost as lost:
             self.close()
-            if self._carried and lost.dropped:
+            if self._carried and lost.resend:
                 raise
             for address in toaddrs:
                 if address not in replies or replies[address].outcome == "sent":  # not refused by itself
@@ -855,6 +859,7 @@ class _Dialogue(smtplib.SMTP):
 
     def _reset(self) -> None:
         """End a transaction that may be open, or the next would be nested in it (RFC 5321, 4.1.1.5)."""
+        self._data_written = False
         self._write(b"RSET\r\n")
         try:
             refused = self._answer().outcome != "sent"
@@ -896,7 +901,7 @@ class _Dialogue(smtplib.SMTP):
         """Fill *replies* with those to MAIL and RCPT, which may be *written* already."""
         sender = self._answer_to(mail, written)
         if self._carried and sender.code // 100 == 4:  # relays limit the messages of a connection
-            raise _Lost(sender, dropped=True)
+            raise _Lost(sender, resend=True)
         replies.update(dict.fromkeys(recipients, sender))
         for address, command in recipients.items():
             if sender.outcome == "sent":
@@ -923,7 +928,7 @@ class _Dialogue(smtplib.SMTP):
         """Send *message* by DATA, which may be *written* already; return the reply to it."""
         reply = self._answer_to(b"DATA\r\n", written, go_ahead=354)
         if reply.outcome == "sent":
-            raise self._lost(f"unexpected reply to DATA: {reply}")
+            raise self._loss(f"unexpected reply to DATA: {reply}")
         if reply.code != 354:
             return reply
         self._data_written = True
@@ -972,6 +977,8 @@ class _Dialogue(smtplib.SMTP):
     def _answer(self, final: bool = False, go_ahead: int = 0) -> Reply:
         """Return the next reply.  Raise `_Lost` where there is none, or none that we could go on after."""
         seconds = self.timeout
+        if self._data_written:  # a relay may keep all its replies until it has done with the data (RFC 2920, 3.2)
+            seconds = min(10 * self.timeout, _FINAL_REPLY_TIMEOUT)
         if final:
             self._awaits_verdict = True
             seconds = _FINAL_REPLY_TIMEOUT
@@ -980,22 +987,22 @@ class _Dialogue(smtplib.SMTP):
         try:
             code, text = self._read_reply(seconds)
         except OSError as error:
-            raise self._lost(self._broken or error) from error
+            raise self._loss(self._broken or error) from error
         reply = Reply(code, text, self.relay)  # type: ignore[arg-type]
         if code == 421:
-            raise _Lost(reply, dropped=not self._awaits_verdict)
+            raise _Lost(reply, resend=not self._awaits_verdict)
         understood = 200 <= code < 300 or 400 <= code < 600 or code == go_ahead
         if not understood or (final and self._broken is not None and reply.outcome == "sent"):
-            raise self._lost(f"unexpected reply: {reply}")
+            raise self._loss(f"unexpected reply: {reply}")
         return reply
 
-    def _lost(self, reason: Any) -> _Lost:
+    def _loss(self, reason: Any) -> _Lost:
         """Return what the loss of the connection means; *reason* is an `OSError`, or what was said."""
         text = f"4.4.2 connection lost: {_reason(reason)}"
         if self._data_written:
             text += "; the relay may have taken the message"
         disconnected = isinstance(reason, OSError) and not isinstance(reason, TimeoutError)
-        return _Lost(Reply(421, text, self.relay), dropped=disconnected and not self._awaits_verdict)
+        return _Lost(Reply(421, text, self.relay), resend=disconnected and not self._awaits_verdict)
 
     def _read_reply(self, seconds: float) -> tuple[int, bytes]:
         """Read one reply (RFC 5321, 4.2), all of it within *seconds*.  Raise `OSError` if it does not come."""
@@ -1304,7 +1311,7 @@ class StreamMailer:
 
 _ESSENTIAL = {"tmp", "new", "cur"}
 _FAILED = (".failed", ".failed/tmp", ".failed/cur", ".failed/new")
-_TO_NEW = ("tmp", "new")  # the way of what is queued
+_FOR_NEW_MAIL = ("tmp", "new")  # the way of what is queued
 _ALL_DIRECTORIES = ("tmp", "new", "cur", "deferred", *_FAILED)
 _ARRIVAL = re.compile(r"(\d+)(?:\.M(\d{6})P)?")  # of a name: the seconds and, if it is ours, the microseconds
 _DUE = re.compile(r"\A(\d{10})\.(?!M\d+P)")  # what comes before the name in deferred/, but not a name itself
@@ -1476,7 +1483,7 @@ class Maildir:
         the message can't be written.
         """
         draft = _check(fromaddr, toaddrs, message)
-        self._refuse_links(_TO_NEW)
+        self._refuse_links(_FOR_NEW_MAIL)
         self._store("new", draft.fromaddr, draft.toaddrs, draft.content)
         self._wake()
         return draft.message_id
@@ -1523,11 +1530,11 @@ class Maildir:
         """Return the last of *directories*, which are made when they are first needed, and made durable."""
         for directory in directories:
             self._make_directory(directory)
+        self._refuse_links(directories)
         last = directories[-1]
         if last not in self._durable:
-            _fsync(self._path(directories[0]))
-            _fsync(self._path("."))
             self._durable.add(last)
+            self._secure(directories[0], ".")
         return last
 
     def _write(self, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "", sync: bool = False) -> str:
@@ -1564,7 +1571,7 @@ class Maildir:
         """
         try:
             os.rename(self._path("tmp", name), self._path(directory, name))
-        except OSError:  # which NFS may say of what it has done
+        except OSError:  # NFS may say so of what it has done; but then it is not in tmp/ any more
             if name in os.listdir(self._path("tmp")):
                 raise
 
@@ -1691,6 +1698,12 @@ class _Claim:
         """Where the file is now."""
         return self.queue._path(self.directory, self.name)
 
+    def own_path(self) -> str:
+        """Return where the file is.  Raise `OSError` in a fork, which has no part in its parent's claims."""
+        if self.fd not in _claimed:
+            raise OSError(f"{self.path} is claimed by another process")
+        return self.path
+
     def read(self) -> None:
         """Learn envelope and message (in cur/).  Raise `_NoEnvelope`, or `OSError` if the file can't be read whole."""
         status = os.fstat(self.fd)
@@ -1711,15 +1724,16 @@ class _Claim:
         toaddrs = tuple(toaddrs)
         if (toaddrs, error) == (self.toaddrs, self.error):
             return
-        if in_place:
-            with contextlib.suppress(OSError):
-                self.shorten(toaddrs)
-                return
         try:
-            self.replace(toaddrs, error)
+            if in_place:
+                self.shorten(toaddrs)
+            else:
+                self.replace(toaddrs, error)
         except OSError as trouble:  # as on a disk that is too full for another file
             _log.error("%s: %s", _printable(self.path), _reason(trouble))
-            if toaddrs != self.toaddrs:
+            if in_place:
+                self.replace(toaddrs, error)
+            elif toaddrs != self.toaddrs:  # an error line alone is not worth it
                 self.shorten(toaddrs)
 
     def replace(self, toaddrs: tuple[str, ...], error: str) -> None:
@@ -1730,7 +1744,7 @@ class _Claim:
             if successor is None:
                 raise OSError(f"cannot lock tmp/{name}")
             with contextlib.closing(successor):
-                os.rename(successor.path, self.path)
+                os.rename(successor.path, self.own_path())
                 replaced = self.fd
                 self.fd = successor.fd
                 successor.fd = replaced
@@ -1755,7 +1769,7 @@ class _Claim:
     def remove(self) -> None:
         """The relay has taken the message for every recipient."""
         with contextlib.suppress(FileNotFoundError):  # a person removed it, or NFS says so of what it has done
-            os.unlink(self.path)
+            os.unlink(self.own_path())
 
     def defer(self, due: int) -> None:
         """The recipients that are left are to be tried again at *due* (Unix time)."""
@@ -1790,9 +1804,7 @@ class _Claim:
 
     def move(self, directory: str, name: str) -> None:
         """Move the file, from one state to another.  Raise `OSError` if it stays."""
-        if self.fd not in _claimed:  # a fork has no part in its parent's claims
-            raise OSError(f"{self.path} is claimed by another process")
-        os.rename(self.path, self.queue._path(directory, name))
+        os.rename(self.own_path(), self.queue._path(directory, name))
         self.directory = directory
         self.name = name
 
@@ -1930,7 +1942,7 @@ class _Courier:
 
     def _attempt(self, claim: _Claim) -> None:
         """Send to one group of recipients after the other, and settle the message by their replies."""
-        failed: dict[str, Reply] = {}
+        failed: dict[str, Reply] = {}  # these two are forgotten in an outage, but not in the file: they are asked again
         deferred: dict[str, Reply] = {}
         lost = True
         groups = _groups(claim.toaddrs)
@@ -1953,14 +1965,14 @@ class _Courier:
                     deferred[address] = reply
         if lost:
             self.losses += 1
-            self.latest_loss = reply
+            self.latest_loss = [*failed.values(), *deferred.values()][-1]
         else:
             self.losses = 0
         if failed:
             self._settle_failed(claim, failed, deferred)
         elif deferred:
             claim.note(deferred, _error_line(deferred))
-        if deferred and not claim.held:
+        if deferred:
             self._defer(claim, deferred)
 
     def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, in_place: bool) -> None:
@@ -1979,10 +1991,7 @@ class _Courier:
         """Give up for those who are *failed*; the others, if any, are left in the file."""
         if deferred:
             claim.give_up_for(failed, _error_line(failed))
-            try:
-                claim.note(deferred, _error_line(deferred))
-            except Exception as trouble:  # or else there would be one more copy at each attempt
-                claim.hold(trouble)
+            claim.note(deferred, _error_line(deferred))
         else:
             claim.note(failed, _error_line(failed))
             claim.give_up()
@@ -2030,13 +2039,13 @@ class _Memory:
         self.mailer = mailer
 
     def put(self, draft: _Draft) -> None:
-        """Take a message.  Raise `OSError` if it can't be written."""
+        """Nothing: it is in memory."""
 
     def discard(self, drafts: Sequence[_Draft]) -> None:
-        """Forget messages that are not to be sent."""
+        """Nothing: who forgets them has done all."""
 
     def secure(self, drafts: Sequence[_Draft]) -> None:
-        """Do all that can fail.  Raise `OSError` if it does."""
+        """Nothing: memory is not durable."""
 
     def finish(self, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
         """Let the messages of a committed transaction go, and add what becomes of them to *events*."""
@@ -2053,22 +2062,24 @@ class _Memory:
 def _attempt_all(
     mailer: Mailer, drafts: Sequence[_Draft], attempt: Callable[[_Draft], None], events: list[MailEvent], otherwise: str
 ) -> None:
-    """Let *attempt* send each of *drafts*, over one connection; in an outage, tell that the rest is *otherwise*."""
-    first = 0  # of the events that tell of the message in hand
+    """Let *attempt* send each of *drafts*, over one connection; where that ends, tell that the rest is *otherwise*."""
     waiting = list(drafts)
+    first = len(events)  # that tells of the message in hand
     try:
         with _connected(mailer):
             while waiting:
                 first = len(events)
                 attempt(waiting[0])
                 del waiting[0]
-    except RelayUnavailable as error:
+    except BaseException as error:  # an outage, or an interrupt
         told = {address for event in events[first:] for address in event.toaddrs}
-        reply = Reply(451, f"4.4.1 {error}")
+        reply = Reply(451, f"4.4.1 {_reason(error)}")
         for draft in waiting:
             untold = [address for address in draft.toaddrs if address not in told]
             _report(events.append, otherwise, draft, dict.fromkeys(untold, reply), mailer, due=time.time())
-            told.clear()
+            told.clear()  # it was of the first of them
+        if not isinstance(error, RelayUnavailable):
+            raise
 
 
 class _Spool:
@@ -2080,7 +2091,7 @@ class _Spool:
     def __init__(self, queue: Maildir, mailer: Mailer | None = None) -> None:
         self.queue = queue
         self.mailer = mailer
-        self.directories: Sequence[str] = _TO_NEW  # that messages may pass through here
+        self.directories: Sequence[str] = _FOR_NEW_MAIL  # that messages may pass through here
         if mailer is not None:
             self.directories = _ALL_DIRECTORIES
 
@@ -2363,7 +2374,7 @@ class QueueProcessorThread(threading.Thread):
         self._bell = os.pipe()
         for end in self._bell:
             os.set_blocking(end, False)
-            weakref.finalize(self, os.close, end)
+            weakref.finalize(self, os.close, end).atexit = False  # there `_stop_and_join` still needs it
 
     def start(self) -> None:
         """Start the thread; interpreter exit stops and joins it.
@@ -2481,16 +2492,18 @@ class QueueProcessorThread(threading.Thread):
 
     def _work(self, courier: _Courier, fresh: Sequence[str], budget: float) -> None:
         """Deliver what is *fresh*, then one retry after the other; but what is new by then goes before each."""
-        while True:
-            for name in fresh:
-                if not self._may_go_on(courier.counts, budget):
-                    return
-                self._deliver(courier, "new", name)
-            self._look_at_deferred()
-            if not self._retries or not self._may_go_on(courier.counts, budget):
-                return
+        self._deliver_all(courier, fresh, budget)
+        self._look_at_deferred()
+        while self._retries and self._may_go_on(courier.counts, budget):
             self._deliver(courier, "deferred", self._retries.popleft())
-            fresh = self._fresh()
+            self._deliver_all(courier, self._fresh(), budget)
+
+    def _deliver_all(self, courier: _Courier, fresh: Sequence[str], budget: float) -> None:
+        """Deliver what is *fresh*, within the budget."""
+        for name in fresh:
+            if not self._may_go_on(courier.counts, budget):
+                return
+            self._deliver(courier, "new", name)
 
     def _may_go_on(self, counts: _Counts, budget: float) -> bool:
         """Return whether a pass may take another message."""
