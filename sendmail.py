@@ -28,7 +28,7 @@ States: the directory is the state, a rename is the transition, a lock is the li
     new/        due
     cur/        claimed, by the process that holds the lock on it; abandoned, if nobody does
     deferred/   waiting for the Unix time (ten digits) that its name begins with, before a dot (but
-                due at once, if that is over an hour ahead: a clock was wrong)
+                due at once, if there is none, or one over an hour ahead: a clock was wrong)
     .failed/    given up, kept for a person (a Maildir++ folder)
 
     send ─write─▶ tmp/ ─publish─▶ new/ ──claim──▶ cur/ ─(how a claim ends: see below)─▶
@@ -38,37 +38,42 @@ States: the directory is the state, a rename is the transition, a lock is the li
 How a claim ends
     remove      the relay took the message for every recipient      unlinked
     defer       some are to be tried later                          deferred/
-    give_up     the others were refused for good, or are too old    .failed/
-    release     the relay is unavailable, or a process died         new/
+    give_up     the rest was refused for good, or is too old, or    .failed/
+                there is no readable envelope
+    release     the relay is unavailable, or a claim was abandoned  new/
     requeue     a person wants it to be tried again                 new/, with a fresh name
     hold        it was sent, and that can't be noted                cur/, until the process ends
 
-Guarantees
+Guarantees, for what is queued
     1. Every recipient of a committed message stands in a complete file in new/, cur/, deferred/ or
        .failed/ until the relay has taken the message for that recipient.
     2. Only the holder of the lock on the inode now at that path moves, replaces or unlinks a message
        outside tmp/.
-    3. A message in cur/ whose lock is free was abandoned by a process that died: the next pass of
-       any processor takes it up.  A living processor, however slow its relay, is never robbed.
+    3. A message in cur/ whose lock is free was abandoned, as by a process that died: the next pass
+       of any processor takes it up.  A living processor, however slow its relay, is never robbed.
     4. commit() returning means durable: the file fsynced before its rename, the directory after it
        (if that last fsync fails, the log says so).
-    5. A changed list of recipients replaces the file atomically, before the message is let go of;
-       once the relay has taken it for some, the file without those is the first thing written.
-    6. A process that dies causes a duplicate only between the relay's final reply and the unlink (or
-       replacement) that follows it: no event, no logging, no QUIT stands between the two.
+    5. A changed list of recipients replaces the file atomically (but see below), before the message
+       is let go of; once the relay has taken it for some, the file without those comes first.
+    6. A process that dies causes a duplicate only of the message in hand, and only if the relay takes
+       it without the unlink (or replacement) that follows its final reply.  No event, no QUIT, no
+       log line of a success stands between the two.
     7. A queue whose creation was cut short is completed, if nothing else stands in it; a directory
        that is no Maildir is refused, untouched.
 
 What can't be guaranteed
     Unlinks are not fsynced: a power cut may repeat the last few messages.  A crash after the copy in
     .failed/ may try its recipients again.  A relay that took a message and died before saying so
-    gets it twice.  Where an unlink (or replacement) fails, the process holds the message as long as
-    it lives; the next one sends it again.  Where the disk is too full for another file, and between
-    the groups of a hundred recipients of a large message, the shorter list is written over the
-    longer one, and a power cut in that moment may splice two addresses.  A process that dies after a
-    database has committed, but before its own turn came, leaves the mail in tmp/; so does a rename
-    that fails after the commit, and a critical line in the log names the file.  A DirectMailDelivery
-    without a fallback has no queue: what fails, or is under way when the process dies, is lost.
+    gets it twice.  Where neither unlink nor replacement can be done, the process holds the message
+    as long as it lives; the next one sends it again.  Where the disk is too full for another file,
+    and between the groups of a hundred recipients of a large message, the shorter list is written
+    over the longer one, and a power cut in that moment may splice two addresses.
+
+    A process that dies after a database has committed, but before its own turn came, leaves the mail
+    in tmp/, as litter.  If a database fails when it should finish, the transaction is in doubt, and
+    its mail is dropped, as at any abort.  If the rename into new/ fails, committed mail stands in
+    tmp/ for a year, and a critical line in the log names the file.  A DirectMailDelivery without a
+    fallback has no queue: what fails, or is not sent yet when the process dies, is lost.
 """
 
 from __future__ import annotations
@@ -189,7 +194,7 @@ class MailDeferredEvent(MailEvent):
 
 @dataclasses.dataclass(frozen=True)
 class MailErrorEvent(MailEvent):
-    """Given up, for it was refused for good, or is too old; what was queued stands in .failed/.
+    """Given up, for it was refused for good, or is too old; what was queued is kept in .failed/.
 
     error_message    the reply, such as `550 5.1.1 no such user`
     delivery_status  its status (RFC 3463), such as `5.1.1`
@@ -225,6 +230,7 @@ def notify(event: MailEvent) -> None:
 
     Deliveries and processors do so themselves; it is here for mailers, and for tests of handlers.
     """
+    pid = os.getpid()
     for handler in tuple(_handlers):
         try:
             with _new_transaction():
@@ -232,6 +238,8 @@ def notify(event: MailEvent) -> None:
         except KeyboardInterrupt:
             raise
         except BaseException:  # it is anybody's code
+            if os.getpid() != pid:  # a fork of the handler's ends as it likes
+                raise
             _log.exception("event handler %r failed on %r", handler, event)
 
 
@@ -1093,8 +1101,9 @@ class SMTPMailer:
     implicit_tls  speak TLS from the start (RFC 8314), as on port 465
     auth          the one mechanism to use, CRAM-MD5, PLAIN, LOGIN or XOAUTH2; by default the relay's
                   best of the first three
-    timeout       in seconds, for each step: connecting, a write, a whole reply; but the reply to the
-                  data has ten minutes (RFC 5321, 4.5.3.2.6)
+    timeout       in seconds, for each step: connecting, a write, a whole reply; ten times that for a
+                  reply to what went out together with the data, and ten minutes for the one to the
+                  data (RFC 5321, 4.5.3.2.6)
     context       verifies, in place of the system's authorities
 
     Certificate and host name are verified wherever TLS is required or a password is sent, and no
@@ -1691,6 +1700,7 @@ class _Claim:
     message_id: str = ""
     message: bytes = b""
     held: bool = False
+    pid: int = dataclasses.field(default_factory=os.getpid)
     outcomes: set[str] = dataclasses.field(default_factory=set)  # that were reported: 'sent', 'deferred', 'failed'
 
     @property
@@ -1700,7 +1710,7 @@ class _Claim:
 
     def own_path(self) -> str:
         """Return where the file is.  Raise `OSError` in a fork, which has no part in its parent's claims."""
-        if self.fd not in _claimed:
+        if self.pid != os.getpid():
             raise OSError(f"{self.path} is claimed by another process")
         return self.path
 
