@@ -2827,9 +2827,7 @@ def _make_processors(queue: Maildir, options: Mapping[str, Any]) -> list[QueuePr
     """Return the processors that the command line describes.  Raise `_Exit` if there can be none."""
     try:
         mailer = _make_mailer(options)
-    except OSError as error:
-        raise _Exit(os.EX_USAGE, f"cannot read the password file: {_reason(error)}") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise _Exit(os.EX_USAGE, _reason(error)) from None
     processors = []
     for _ in range(options.get("workers", 1)):
