@@ -2658,7 +2658,7 @@ can't be opened or made; 74 input or output error; 75 relay unavailable;
 130 interrupted"""
 _WITH_VALUE = "ABCFLNORVXbefhopr"  # of the options of sendmail(8), by Postfix
 _WITHOUT_VALUE = "GIUcimntv"
-_KINDS: Mapping[str, Callable[[str], float]] = {"SECONDS": float, "DAYS": float, "N": int, "PORT": int}
+_KINDS: Mapping[str, Callable[[str], float]] = {"SECONDS": float, "DAYS": float, "N": int}
 _TIMES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 _SIZES = ((10**6, "MB"), (1000, "kB"), (1, "B"))
 
