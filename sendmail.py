@@ -1000,6 +1000,7 @@ class _Dialogue(smtplib.SMTP):
         if code == 421:
             raise _Lost(reply, resend=not self._awaits_verdict)
         understood = 200 <= code < 300 or 400 <= code < 600 or code == go_ahead
+        # what was not written whole was not accepted, whatever this is the answer to
         if not understood or (final and self._broken is not None and reply.outcome == "sent"):
             raise self._loss(f"unexpected reply: {reply}")
         return reply
