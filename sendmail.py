@@ -1657,14 +1657,15 @@ class Maildir:
     def _claim(self, directory: str, name: str) -> _Claim | None:
         """Move a message from new/ or deferred/ to cur/, locked.  None and `OSError` as in `_lock`."""
         claim = self._lock(directory, name)
+        if claim is None:
+            return None
         if directory == "deferred":
             name = _DUE.sub("", name)
-        if claim is not None:
-            try:
-                claim.move("cur", name)
-            except BaseException:
-                claim.close()
-                raise
+        try:
+            claim.move("cur", name)
+        except BaseException:
+            claim.close()
+            raise
         return claim
 
     def _remove_litter(self, now: float) -> None:
