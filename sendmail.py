@@ -2154,7 +2154,7 @@ class _Spool:
         with contextlib.suppress(OSError):
             os.utime(path, (in_a_year, in_a_year))  # until then it is no litter
         _log.critical("committed mail is stuck: move %s to new/ by hand", path)
-        reply = Reply(554, f"5.3.0 stuck in {path}: {_reason(error)}")
+        reply = Reply(554, f"5.3.0 stuck in {path}: {_reason(error)}", "none")
         _report(events.append, "failed", draft, dict.fromkeys(draft.toaddrs, reply))
 
     def try_at_once(self, mailer: Mailer, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
