@@ -521,7 +521,7 @@ def _parse_envelope(head: bytes) -> _Envelope:
 
 # By these no message is refused: they are about our login (RFC 4954, 6), or end the connection (RFC 5321, 3.8).
 _LOGIN_CODES = {530, 534, 535, 538}
-_TROUBLE_CODES = {421, *_LOGIN_CODES}
+_LOSS_CODES = {421, *_LOGIN_CODES}
 _MECHANISMS = ("CRAM-MD5", "PLAIN", "LOGIN", "XOAUTH2")  # the best first; the last, which takes a token, only by name
 _NO_RELAY = (
     smtplib.SMTPConnectError,
@@ -731,6 +731,7 @@ def _wire_pieces(message: bytes, dots: bool) -> Iterator[bytes]:
         if message[end - 1 : end + 1] == b"\r\n":  # one line end, not two
             end += 1
         last = end >= len(message)
+        # each piece is converted behind the octet before it, so that a dot is seen to begin a line
         piece = before + message[start:end].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         if last and not piece.endswith(b"\n"):
             piece += b"\n"
@@ -758,8 +759,8 @@ class _Lost(Exception):
 class _Dialogue(smtplib.SMTP):
     """A connection to the relay: up to AUTH it is smtplib's, from MAIL on as few writes as the relay takes.
 
-    CHUNKING (RFC 3030)    MAIL, RCPT and BDAT with the message in one write, then the replies; but of
-                           over 64 KB, MAIL and RCPT, and once a recipient is accepted, the chunks
+    CHUNKING (RFC 3030)    MAIL, RCPT and BDAT with the message in one write, then all replies
+      over 64 KB           MAIL and RCPT in one write; if a recipient is accepted, the chunks
     PIPELINING (RFC 2920)  MAIL, RCPT and DATA in one write; after the replies the message
     neither                each command by itself
 
@@ -829,7 +830,7 @@ class _Dialogue(smtplib.SMTP):
     def _transact(
         self, fromaddr: str, toaddrs: Sequence[str], message: bytes, replies: dict[str, Reply], chunking: bool
     ) -> None:
-        """Write as much at once as the relay takes, read the replies, write the rest; fill *replies*.
+        """Send in one of the four ways (see the class); fill *replies*.
 
         Raise `_Lost` where the connection can't be used any more.
         """
@@ -837,28 +838,29 @@ class _Dialogue(smtplib.SMTP):
         mail, recipients = self._commands(fromaddr, toaddrs, message, size, replies)
         if not recipients:
             return
+        envelope = b"".join([mail, *recipients.values()])
         # of more recipients, the replies could fill the buffers both ways
         pipelining = self.has_extn("pipelining") and len(recipients) <= _GROUP
         chunking = chunking and pipelining and self.has_extn("chunking")
-        at_once = chunking and size <= _CHUNK
-        self._data_written = at_once
-        if pipelining:
-            together = [mail, *recipients.values()]
-            if at_once:
-                together += [b"BDAT %d LAST\r\n" % size, *_wire_pieces(message, dots=False)]
-            elif not chunking:
-                together.append(b"DATA\r\n")
-            self._write(b"".join(together))
-        self._ask_envelope(mail, recipients, pipelining, replies)
-        accepted = [address for address in recipients if replies[address].outcome == "sent"]
-        if at_once:
+        verdict = _NOBODY
+        if chunking and size <= _CHUNK:
+            self._data_written = True
+            self._write(b"".join([envelope, b"BDAT %d LAST\r\n" % size, *_wire_pieces(message, dots=False)]))
+            accepted = self._ask_envelope(mail, recipients, True, replies)
             verdict = self._answer(final=True)
-        elif not accepted and (chunking or not pipelining):
-            verdict = _NOBODY
         elif chunking:
-            verdict = self._send_chunks(message, size)
+            self._write(envelope)
+            accepted = self._ask_envelope(mail, recipients, True, replies)
+            if accepted:
+                verdict = self._send_chunks(message, size)
+        elif pipelining:
+            self._write(envelope + b"DATA\r\n")
+            accepted = self._ask_envelope(mail, recipients, True, replies)
+            verdict = self._send_data(message, accepted, written=True)
         else:
-            verdict = self._send_data(message, accepted, written=pipelining)
+            accepted = self._ask_envelope(mail, recipients, False, replies)
+            if accepted:
+                verdict = self._send_data(message, accepted, written=False)
         replies.update(dict.fromkeys(accepted, verdict))
         if verdict.outcome != "sent":
             self._reset()
@@ -905,8 +907,8 @@ class _Dialogue(smtplib.SMTP):
 
     def _ask_envelope(
         self, mail: bytes, recipients: Mapping[str, bytes], written: bool, replies: dict[str, Reply]
-    ) -> None:
-        """Fill *replies* with those to MAIL and RCPT, which may be *written* already."""
+    ) -> list[str]:
+        """Fill *replies* with those to MAIL and RCPT, which may be *written* already; return who is accepted."""
         sender = self._answer_to(mail, written)
         if self._carried and sender.code // 100 == 4:  # relays limit the messages of a connection
             raise _Lost(sender, resend=True)
@@ -916,6 +918,7 @@ class _Dialogue(smtplib.SMTP):
                 replies[address] = self._answer_to(command, written)
             elif written:
                 self._answer()
+        return [address for address in recipients if replies[address].outcome == "sent"]
 
     def _send_chunks(self, message: bytes, size: int) -> Reply:
         """Send a large *message* by BDAT (RFC 3030); return the reply to the last chunk, or the first refusal."""
@@ -984,14 +987,15 @@ class _Dialogue(smtplib.SMTP):
 
     def _answer(self, final: bool = False, go_ahead: int = 0) -> Reply:
         """Return the next reply.  Raise `_Lost` where there is none, or none that we could go on after."""
-        seconds = self.timeout
-        if self._data_written:  # a relay may keep all its replies until it has done with the data (RFC 2920, 3.2)
-            seconds = min(10 * self.timeout, _FINAL_REPLY_TIMEOUT)
-        if final:
-            self._awaits_verdict = True
-            seconds = _FINAL_REPLY_TIMEOUT
+        self._awaits_verdict = self._awaits_verdict or final
         if self._broken is not None:
             seconds = _LAST_WORDS_TIMEOUT
+        elif final:
+            seconds = _FINAL_REPLY_TIMEOUT
+        elif self._data_written:  # a relay may keep all its replies until it has done with the data (RFC 2920, 3.2)
+            seconds = min(10 * self.timeout, _FINAL_REPLY_TIMEOUT)
+        else:
+            seconds = self.timeout
         try:
             code, text = self._read_reply(seconds)
         except OSError as error:
@@ -1161,6 +1165,7 @@ class SMTPMailer:
 
     def __enter__(self) -> SMTPMailer:
         """Connect, unless this thread is connected.  Raise `RelayUnavailable` if no relay can be used."""
+        self._leave_parents_dialogue()
         if not self._is_connected():
             self._connect()
         self._kept.depth += 1
@@ -1168,7 +1173,8 @@ class SMTPMailer:
 
     def __exit__(self, *_exc_info: object) -> None:
         """Close the connection that was kept, once all that was entered is left; nothing can fail here."""
-        self._kept.depth = max(self._kept.depth - 1, 0)  # that of a fork began anew
+        self._leave_parents_dialogue()
+        self._kept.depth = max(self._kept.depth - 1, 0)  # of a fork that leaves what its parent entered
         if self._kept.depth == 0 and self._is_connected():
             with contextlib.suppress(OSError):  # the reply to a QUIT is nobody's business
                 self._kept.dialogue._write(b"QUIT\r\n")
@@ -1195,12 +1201,14 @@ class SMTPMailer:
         return replies
 
     def _is_connected(self) -> bool:
-        """Return whether this thread of this process has a connection."""
-        kept = self._kept
-        if kept.pid != os.getpid() and kept.dialogue is not None:  # a fork has no part in its parent's dialogue
-            kept.dialogue.close()
-            kept.depth = 0
-        return kept.dialogue is not None and kept.dialogue.sock is not None
+        """Return whether this thread has a connection."""
+        return self._kept.dialogue is not None and self._kept.dialogue.sock is not None
+
+    def _leave_parents_dialogue(self) -> None:
+        """In a fork, close its copy of the connection: it has no part in its parent's dialogue."""
+        if self._kept.pid != os.getpid() and self._kept.dialogue is not None:
+            self._kept.dialogue.close()
+            self._kept.depth = 0
 
     def _connect(self) -> None:
         """Connect to the first relay that is ready for MAIL.  Raise `RelayUnavailable` if none is."""
@@ -1537,7 +1545,7 @@ class Maildir:
                 os.close(fd)
 
     def _folder(self, *directories: str) -> str:
-        """Return the last of *directories*, which are made when they are first needed, and made durable."""
+        """Return the last of *directories*, which are one and those in it: made if missing, and durable."""
         for directory in directories:
             self._make_directory(directory)
         self._refuse_links(directories)
@@ -1956,11 +1964,11 @@ class _Courier:
         """Send to one group of recipients after the other, and settle the message by their replies."""
         failed: dict[str, Reply] = {}  # these two are forgotten in an outage, but not in the file: they are asked again
         deferred: dict[str, Reply] = {}
-        lost = True
+        answers: list[Reply] = []
         groups = _groups(claim.toaddrs)
         for group in groups:
             replies = _ask(self.mailer, claim.fromaddr, group, claim.message)
-            lost = lost and all(reply.code in _TROUBLE_CODES for reply in replies.values())
+            answers += replies.values()
             sent, others = _sent_and_others(replies)
             if sent:
                 # a large message is not written anew for each group
@@ -1975,17 +1983,20 @@ class _Courier:
                     failed[address] = reply
                 else:
                     deferred[address] = reply
-        if lost:
-            self.losses += 1
-            self.latest_loss = [*failed.values(), *deferred.values()][-1]
-        else:
-            self.losses = 0
+        self._count_loss(answers)
         if failed:
             self._settle_failed(claim, failed, deferred)
         elif deferred:
             claim.note(deferred, _error_line(deferred))
         if deferred:
             self._defer(claim, deferred)
+
+    def _count_loss(self, answers: Sequence[Reply]) -> None:
+        """Remember whether these *answers* to a message were none of its own."""
+        self.losses += 1
+        self.latest_loss = answers[-1]
+        if any(answer.code not in _LOSS_CODES for answer in answers):
+            self.losses = 0
 
     def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, in_place: bool) -> None:
         """Note that the relay has taken the message for some: here the window for a duplicate closes."""
@@ -2061,37 +2072,25 @@ class _Memory:
 
     def finish(self, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
         """Let the messages of a committed transaction go, and add what becomes of them to *events*."""
+        waiting = [(draft, group) for draft in drafts for group in _groups(draft.toaddrs)]
+        try:
+            with _connected(self.mailer):
+                while waiting:
+                    draft, group = waiting[0]
+                    sent, others = _sent_and_others(_ask(self.mailer, draft.fromaddr, group, draft.content))
+                    _report(events.append, "sent", draft, sent, self.mailer)
+                    _report(events.append, "failed", draft, others, self.mailer)  # there is no later
+                    del waiting[0]
+        except BaseException as error:  # an outage, or an interrupt
+            for draft, group in waiting:
+                _report(events.append, "failed", draft, dict.fromkeys(group, _not_sent(error)), self.mailer)
+            if not isinstance(error, RelayUnavailable):
+                raise
 
-        def attempt(draft: _Draft) -> None:
-            for group in _groups(draft.toaddrs):
-                sent, others = _sent_and_others(_ask(self.mailer, draft.fromaddr, group, draft.content))
-                _report(events.append, "sent", draft, sent, self.mailer)
-                _report(events.append, "failed", draft, others, self.mailer)  # there is no later
 
-        _attempt_all(self.mailer, drafts, attempt, events, "failed")
-
-
-def _attempt_all(
-    mailer: Mailer, drafts: Sequence[_Draft], attempt: Callable[[_Draft], None], events: list[MailEvent], otherwise: str
-) -> None:
-    """Let *attempt* send each of *drafts*, over one connection; where that ends, tell that the rest is *otherwise*."""
-    waiting = list(drafts)
-    first = len(events)  # that tells of the message in hand
-    try:
-        with _connected(mailer):
-            while waiting:
-                first = len(events)
-                attempt(waiting[0])
-                del waiting[0]
-    except BaseException as error:  # an outage, or an interrupt
-        told = {address for event in events[first:] for address in event.toaddrs}
-        reply = Reply(451, f"4.4.1 {_reason(error)}")
-        for draft in waiting:
-            untold = [address for address in draft.toaddrs if address not in told]
-            _report(events.append, otherwise, draft, dict.fromkeys(untold, reply), mailer, due=time.time())
-            told.clear()  # it was of the first of them
-        if not isinstance(error, RelayUnavailable):
-            raise
+def _not_sent(error: BaseException) -> Reply:
+    """Return what becomes of a message whose turn did not come, for *error* came first."""
+    return Reply(451, f"4.4.1 {_reason(error)}")
 
 
 class _Spool:
@@ -2160,14 +2159,26 @@ class _Spool:
     def try_at_once(self, mailer: Mailer, drafts: Sequence[_Draft], events: list[MailEvent]) -> None:
         """Make the first attempt, as a processor would; what can't be sent now is left to one."""
         courier = _Courier(self.queue, mailer, events.append)
-
-        def attempt(draft: _Draft) -> None:
-            try:
-                courier.deliver("new", draft.name)
-            except OSError as error:  # a processor will
-                _log.error("%s: %s", draft.name, _reason(error))
-
-        _attempt_all(mailer, drafts, attempt, events, "deferred")
+        waiting = list(drafts)
+        first = len(events)  # that tells of the message in hand
+        try:
+            with _connected(mailer):
+                while waiting:
+                    first = len(events)
+                    try:
+                        courier.deliver("new", waiting[0].name)
+                    except OSError as error:  # a processor will
+                        _log.error("%s: %s", waiting[0].name, _reason(error))
+                    del waiting[0]
+        except BaseException as error:  # an outage, or an interrupt
+            told = {address for event in events[first:] for address in event.toaddrs}
+            for draft in waiting:
+                untold = [address for address in draft.toaddrs if address not in told]
+                replies = dict.fromkeys(untold, _not_sent(error))
+                _report(events.append, "deferred", draft, replies, mailer, due=time.time())
+                told.clear()  # it was of the first of them
+            if not isinstance(error, RelayUnavailable):
+                raise
 
 
 @dataclasses.dataclass
@@ -2931,6 +2942,15 @@ def _inject(queue: Maildir, arguments: _Arguments) -> None:
     queue.add(sender, recipients, message)
 
 
+def _is_locked(fd: int) -> bool:
+    """Return whether somebody holds the lock of a file.  If not, we do, until *fd* is closed."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, Any]:
     """Return what there is to show of a message.  Raise `FileNotFoundError` if it is gone."""
     path = queue._path(directory, name)
@@ -2956,11 +2976,8 @@ def _entry(queue: Maildir, directory: str, name: str, now: float) -> dict[str, A
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(fd, "rb"):
             head = _read_head(fd)
-            if directory == "cur":
-                with contextlib.suppress(BlockingIOError):
-                    entry["state"] = "sending"
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    entry["state"] = "due"  # abandoned; a pass of this moment leaves it to the next
+            if directory == "cur" and _is_locked(fd):
+                entry["state"] = "sending"
         envelope = _parse_envelope(head)
         headers = _headers_of(head[envelope.length :])
         entry.update(sender=envelope.fromaddr, recipients=envelope.toaddrs, error=envelope.error)
