@@ -1985,10 +1985,9 @@ class _Courier:
                     deferred[address] = reply
         self._count_loss(answers)
         if failed:
-            self._settle_failed(claim, failed, deferred)
-        elif deferred:
-            claim.note(deferred, _error_line(deferred))
+            self._settle_failed(claim, failed, others_wait=bool(deferred))
         if deferred:
+            claim.note(deferred, _error_line(deferred))
             self._defer(claim, deferred)
 
     def _count_loss(self, answers: Sequence[Reply]) -> None:
@@ -2010,11 +2009,10 @@ class _Courier:
             claim.hold(trouble)
         self._tell(claim, "sent", sent)
 
-    def _settle_failed(self, claim: _Claim, failed: Mapping[str, Reply], deferred: Mapping[str, Reply]) -> None:
-        """Give up for those who are *failed*; the others, if any, are left in the file."""
-        if deferred:
+    def _settle_failed(self, claim: _Claim, failed: Mapping[str, Reply], others_wait: bool) -> None:
+        """Give up for those who are *failed*: by a copy, if there are others, who keep the file."""
+        if others_wait:
             claim.give_up_for(failed, _error_line(failed))
-            claim.note(deferred, _error_line(deferred))
         else:
             claim.note(failed, _error_line(failed))
             claim.give_up()
