@@ -76,6 +76,9 @@ What can't be guaranteed
     fallback has no queue: what fails, or is not sent yet when the process dies, is lost.
 """
 
+# SPDX-License-Identifier: MIT
+# The file LICENSE goes with every copy.
+
 from __future__ import annotations
 
 import atexit
@@ -1136,6 +1139,9 @@ class SMTPMailer:
         self._auth = str(auth or "").upper()
         if self._auth and self._auth not in _MECHANISMS:
             raise ValueError(f"auth must be one of {', '.join(_MECHANISMS)}, not {auth!r}")
+        for name, value in (("no_tls", no_tls), ("force_tls", force_tls), ("implicit_tls", implicit_tls)):
+            if isinstance(value, str):  # of a configuration file, where "false" would be true
+                raise TypeError(f"{name} must be True or False, not {value!r}")
         if no_tls and (force_tls or implicit_tls):
             raise ValueError("no_tls contradicts force_tls and implicit_tls")
         if (username is None) != (password is None):
