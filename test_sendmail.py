@@ -462,67 +462,33 @@ def verbs(connection: Any) -> list[str]:
 
 
 class Sink:
-    """A relay that keeps account of what each connection took, and whether it was heard of again after that.
+    """A relay that keeps account of what it took for whom; while `gate` is clear, it does not say so.
 
-    It defers recipients called `deferred…` and refuses those called `refused…`; while `gate` is clear, it takes
-    messages and does not say so; otherwise it does so after `delay` seconds.
+    It defers recipients called `deferred…` and refuses those called `refused…`.
     """
 
     def __init__(self) -> None:
-        self.taken: list[tuple[str, Connection, bytes]] = []
-        self.last: dict[Connection, list[str]] = {}  # whom a connection took it for when it was last heard of
+        self.taken: list[tuple[str, bytes]] = []
         self.gate = threading.Event()
         self.gate.set()
-        self.delay = 0.0
-        self.busy = 0
-        self.lock = threading.Lock()
-        self.server = Scripted(self._serve)
+        self.server = Scripted(answering(*CHUNKING, RCPT=self._recipient, end=self._end))
         self.host, self.port = self.server.host, self.server.port
 
     def mailer(self) -> SMTPMailer:
-        return SMTPMailer("127.0.0.1", self.port, timeout=30)
+        return self.server.mailer(timeout=30)
 
-    def _serve(self, connection: Any) -> None:
-        with self.lock:
-            self.busy += 1
-        connection.accepted = []
-        try:
-            answering(*CHUNKING, MAIL=self._next, RCPT=self._recipient, end=self._end,
-                      RSET=self._next, QUIT=self._next)(connection)
-        finally:
-            with self.lock:
-                self.busy -= 1
-
-    def _next(self, _line: str, connection: Any) -> str:
-        self.last[connection], connection.accepted = [], []  # what was taken before is certainly settled
-        return "250 2.0.0 Ok"
-
-    def _recipient(self, line: str, connection: Any) -> str:
-        address = line[len("RCPT TO:<") : -1]
-        reply = {"deferr": "450 4.2.1 busy", "refuse": "550 5.1.1 unknown"}.get(address[:6], "250 2.1.5 Ok")
-        connection.accepted += [address] * reply.startswith("250")
-        return reply
+    def _recipient(self, line: str, _connection: Any) -> str:
+        return {"deferr": "450 4.2.1 busy", "refuse": "550 5.1.1 unknown"}.get(line[9:15], USUAL["RCPT"])
 
     def _end(self, _line: str, connection: Any) -> str:
-        self.last[connection] = connection.accepted
-        with self.lock:
-            self.taken += [(address, connection, connection.messages[-1]) for address in connection.accepted]
+        envelope = " ".join(connection.lines).rpartition("MAIL FROM")[2]
+        accepted = re.findall(r"RCPT TO:<(?!deferr|refuse)(.*?)>", envelope)
+        self.taken += [(address, connection.messages[-1]) for address in accepted]
         self.gate.wait(60)
-        time.sleep(self.delay)
-        return "250 2.0.0 Ok: queued"
+        return USUAL["end"]
 
     def recipients(self) -> list[str]:
-        return sorted(address for address, _, _ in self.taken)
-
-    def duplicates(self) -> list[str]:
-        """Those recipients who got the message more than once."""
-        return sorted(address for address, n in collections.Counter(self.recipients()).items() if n > 1)
-
-    def duplicates_outside_the_window(self) -> list[str]:
-        """Those among them to whom it was sent again although its first sender lived on after the relay's reply."""
-        takings = [[c for a, c, _ in self.taken if a == address] for address in self.duplicates()]
-        return [address for address, connections in zip(self.duplicates(), takings, strict=True)
-                if any(address not in self.last[earlier] for earlier in connections[:-1])]
+        return sorted(address for address, _ in self.taken)
 
 
 @pytest.fixture
@@ -1004,23 +970,24 @@ def test_state_deferred_lasts_until_the_time_that_a_name_begins_with_where_that_
     assert (counts.sent, counts.left) == (sent, 1 - sent)
 
 
-def test_state_deferred_adds_a_time_to_the_name_and_a_claim_takes_it_off(queue, events):
+def test_state_deferred_adds_a_time_to_any_name_and_a_claim_takes_it_off(queue, events, caplog):
     now, claimed = int(time.time()), []
 
     def refuse(recipients):
         claimed.extend(state(queue)["cur"])
         return dict.fromkeys(recipients, Reply(450, "4.2.1 busy"))
 
-    names = [f"{now}.M000001P1Q1.host", f"{NAME},due={now + 60}"]  # the second as version 1.0 left it
+    names = [f"{now}.M000001P1Q1.host", f"{NAME},due={now + 60}",  # as version 1.0 left it
+             "message", "msg.1.example.com", "12a.x", ",due=1", "9" * 40 + ".x"]  # as others name it
     for name in names:
         put(queue, f"new/{name}", message=b"Message-Id: <%s>\n" % name.encode() + MESSAGE)
     processor = QueueProcessorThread(queue, calling(refuse), max_age=10**9)
     for hours in range(3):
         processor._clock = lambda later=now + 3601 * hours: float(later)
-        assert processor.process().deferred == 2
+        assert processor.process().deferred == len(names)
         due = {event.message_id: int(event.retry_at) for event in events}
         assert state(queue) == {"deferred": sorted(f"{due[name]}.{name}" for name in names)}
-    assert sorted(claimed) == sorted(names * 3)
+    assert sorted(claimed) == sorted(names * 3) and caplog.records == []
 
 
 @pytest.mark.parametrize(("how", "limit"), [
@@ -1259,14 +1226,19 @@ def test_a_message_whose_as_bytes_takes_other_arguments_is_queued_all_the_same(h
     assert stored.endswith(b"\nSubject: Hello\nMessage-Id: <m1@example.com>\n\nHello, Ann.\nFrom here to there.\n.\n")
 
 
+ID_LINE = r"Message-Id: <[^<>@\s]+@[^<>@\s]+>\r?\n"
+DATE_LINE = r"Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\r?\n"
+
+
 @pytest.mark.parametrize(("given", "stored"), [
-    ("Subject: x\n\nHi\n", r"Message-Id: <\S+>\nDate: [^\n]+\nSubject: x\n\nHi\n"),
-    ("Subject: x\r\n\r\nHi\n", r"Message-Id: <\S+>\r?\nDate: [^\r\n]+\r?\nSubject: x\r\n\r\nHi\n"),
-    ("Hi there\n", r"Message-Id: <\S+>\nDate: [^\n]+\n\nHi there\n"),
-    ("\nDate: in the body\n", r"Message-Id: <\S+>\nDate: [^\n]+\n\nDate: in the body\n"),
-    ("", r"Message-Id: <\S+>\nDate: [^\n]+\n\n"),
-    ("date: then\nSubject: x\n\n", r"Message-Id: <\S+>\ndate: then\nSubject: x\n\n"),
-    ("Subject: x\nMESSAGE-ID:\n <a@b>\n\n", r"Date: [^\n]+\nSubject: x\nMESSAGE-ID:\n <a@b>\n\n"),
+    ("Subject: x\n\nHi\n", f"{ID_LINE}{DATE_LINE}Subject: x\n\nHi\n"),
+    ("Subject: x\r\n\r\nHi\n", f"{ID_LINE}{DATE_LINE}Subject: x\r\n\r\nHi\n"),
+    ("Hi there\n", f"{ID_LINE}{DATE_LINE}\nHi there\n"),
+    ("no header: at all\n", f"{ID_LINE}{DATE_LINE}\nno header: at all\n"),  # for the space (RFC 5322, 2.2)
+    ("\nDate: in the body\n", f"{ID_LINE}{DATE_LINE}\nDate: in the body\n"),
+    ("", f"{ID_LINE}{DATE_LINE}\n"),
+    ("date: then\nSubject: x\n\n", f"{ID_LINE}date: then\nSubject: x\n\n"),
+    ("Subject: x\nMESSAGE-ID:\n <a@b>\n\n", f"{DATE_LINE}Subject: x\nMESSAGE-ID:\n <a@b>\n\n"),
 ])
 def test_message_id_and_date_are_added_where_they_are_missing(queue: Maildir, given: str, stored: str) -> None:
     message_id = queue.add("app@x.org", "ann@x.org", given)
@@ -1414,7 +1386,7 @@ def test_queue_of_repoze_sendmail_is_listed_and_drained_to_each_recipient_once(
 
 LOGIN = {"username": "ann", "password": "secret"}
 LOGIN_WANTED = [f"{code} 5.7.0 log in first" for code in (530, 534, 535, 538)]
-BROKEN = [None, "", "what?", "\xff\xfe\x00", "999 what?", "20 what?", "2" * 9000, "byte by byte", "of 1,001 lines"]
+BROKEN = [None, "", "what?", "\xff\xfe\x00", "999 what?", "20 what?", "2" * 90000, "byte by byte", "of 1,001 lines"]
 MODES = {  # what is offered, and a message for which that makes a difference
     "stepwise": ((), MESSAGE * 1000), "pipelined": (("PIPELINING",), MESSAGE * 1000),
     "one write": (CHUNKING, MESSAGE), "chunks": (CHUNKING, MESSAGE * 1000)}
@@ -1443,7 +1415,7 @@ def bad_recipient(line: str, _connection: Any) -> str:
 @pytest.mark.parametrize(("step", "answer"), [
     *((step, answer) for step in ("greeting", "EHLO", "STARTTLS", "AUTH") for answer in (*BROKEN, "421 4.3.2 closing")),
     ("greeting", "554 5.3.2 no service"), ("EHLO", "502 5.5.1 no"), ("EHLO", "550 5.7.1 who are you?"),
-    ("STARTTLS", "220 go on\nno TLS"),
+    ("EHLO", "250 Ok\n250 and again"), ("STARTTLS", "220 go on\nno TLS"),
     *(("AUTH", answer) for answer in LOGIN_WANTED), ("AUTH", "454 4.7.0 not now"), ("AUTH", "500 what?"),
     ("AUTH", "503 5.5.1 not enabled"), ("AUTH", "504 5.5.4 no such mechanism"),
 ], ids=brief)
@@ -1481,7 +1453,8 @@ def test_what_goes_wrong_from_mail_on_is_a_reply_to_that_message(scripted, monke
         assert all(("may have taken" in reply.text) == doubt for reply in replies.values())
 
 
-def test_a_reply_may_have_a_thousand_lines(scripted):
+def test_a_reply_may_have_a_thousand_lines(scripted, monkeypatch):
+    monkeypatch.delattr(socket, "TCP_QUICKACK", raising=False)  # not every system has it
     answers = {verb: of_lines(1000, USUAL[verb]) for verb in ("greeting", "MAIL", "RCPT", "end")}
     assert smtp_send(scripted(answering(*CHUNKING, **answers)))["b@x.org"].code == 250
 
@@ -2157,13 +2130,8 @@ def test_each_thread_has_a_connection_of_its_own(scripted):
                 met.wait(10)
                 assert mailer.send(sender, ["b@x.org"], b"%d" % number)["b@x.org"].code == 250
 
-    with mailer:
-        threads = [threading.Thread(target=work, args=(f"{i}@x.org",)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-        assert not any(thread.is_alive() for thread in threads)
+    with mailer, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, ["1@x.org", "2@x.org", "3@x.org"]))
         assert mailer.send("m@x.org", ["b@x.org"], b"m")["b@x.org"].code == 250
     senders = [{line for line in c.lines if line.startswith("MAIL")} for c in server.connections]
     assert sorted(map(len, senders)) == [1] * 4
@@ -2213,8 +2181,8 @@ relayhost = [127.0.0.1]:{beyond}
 disable_dns_lookups = yes
 smtpd_peername_lookup = no
 smtpd_error_sleep_time = 0
-smtpd_recipient_limit = 100
-message_size_limit = 200000
+message_size_limit = 10000000
+header_checks = regexp:{root}/etc/header_checks
 smtpd_forbid_bare_newline = reject
 smtpd_forbid_bare_newline_exclusions =
 smtpd_relay_restrictions = permit_mynetworks, reject
@@ -2243,7 +2211,6 @@ postlog unix-dgram n - n - 1 postlogd
 127.0.0.1:{encrypted} inet n - n - - smtpd -o smtpd_tls_security_level=encrypt
 127.0.0.1:{implicit} inet n - n - - smtpd -o smtpd_tls_wrappermode=yes
 127.0.0.1:{classic} inet n - n - - smtpd -o smtpd_discard_ehlo_keywords=chunking,silent-discard
-127.0.0.1:{strict} inet n - n - - smtpd -o smtpd_hard_error_limit=3
 """
 
 
@@ -2257,7 +2224,6 @@ class Postfix:
     encrypted: int
     implicit: int
     classic: int
-    strict: int
 
     host = "127.0.0.1"
 
@@ -2278,12 +2244,13 @@ def postfix(authority: trustme.CA) -> Iterator[Postfix]:
         root.chmod(0o755)  # Postfix gives up root's rights
         beyond = Relay(enable_SMTPUTF8=True)
         stack.callback(beyond.close)
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
         this = Postfix(beyond, root, *[s.getsockname()[1] for s in sockets])
         for directory in ("etc", "etc/sasl", "spool", "data"):
             (root / directory).mkdir()
         shutil.chown(root / "data", "postfix")
-        (root / "etc/access").write_text("busy@x.org 450 4.2.1 busy\ngone@x.org 550 5.1.1 gone\n")
+        (root / "etc/access").write_text("gone@ 550 5.1.1 gone\n")
+        (root / "etc/header_checks").write_text("/^X-Reject:/ REJECT\n")
         (root / "etc/main.cf").write_text(MAIN_CF.format(root=root, beyond=beyond.port))
         (root / "etc/master.cf").write_text(MASTER_CF.format(**vars(this)))
         (root / "etc/sasl/smtpd.conf").write_text(
@@ -2300,11 +2267,8 @@ def postfix(authority: trustme.CA) -> Iterator[Postfix]:
         master = subprocess.Popen([f"{daemons}/master", "-c", root / "etc"], start_new_session=True)
         stack.callback(master.wait, 20)
         stack.callback(master.terminate)  # and it ends its own
-        wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", this.strict)))
+        wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", this.classic)))
         yield this
-
-
-each_port = pytest.mark.parametrize("port", ["port", "classic"], ids=["BDAT", "DATA"])
 
 
 @pytest.mark.parametrize("server", ["postfix", "exim"])
@@ -2315,46 +2279,6 @@ def test_a_message_costs_one_round_trip_to_a_real_relay(server, request, tmp_pat
     if server == "postfix":
         arrived = request.getfixturevalue(server).arrived(4)
         assert sorted(len(received.recipients) for received in arrived) == [1, 1, 50, 50]
-
-
-@each_port
-def test_postfix_takes_refuses_and_defers_recipient_by_recipient(queue, events, postfix, port):
-    queue.add("a@x.org", ["b@x.org", "busy@x.org", "gone@x.org"], MESSAGE)
-    counts = QueueProcessorThread(queue, SMTPMailer("127.0.0.1", getattr(postfix, port))).process()
-    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
-    sent, *others = sorted(events, key=lambda event: event.toaddrs)
-    assert re.match("250 2.0.0 Ok: .*queued as ", sent.response)
-    assert [(type(event), event.toaddrs, event.delivery_status) for event in others] == [
-        (MailDeferredEvent, ("busy@x.org",), "4.2.1"), (MailErrorEvent, ("gone@x.org",), "5.1.1")]
-    [received] = postfix.arrived(1)
-    assert (received.sender, received.recipients) == ("a@x.org", ["b@x.org"])
-    assert received.content.endswith(crlf(MESSAGE))
-
-
-@pytest.fixture
-def connections(monkeypatch):
-    """The ports that were connected to."""
-    connect, ports = socket.create_connection, []
-
-    def counting(where, *rest, **options):
-        ports.append(where[1])
-        return connect(where, *rest, **options)
-
-    monkeypatch.setattr(socket, "create_connection", counting)
-    return ports
-
-
-@pytest.mark.parametrize("large", [1, 1000])
-def test_after_a_message_that_nobody_got_the_connection_takes_the_next_one(relay, postfix, connections, large):
-    relay.refusals = {"gone@x.org": "550 5.1.1 gone"}
-    ports = [relay.port, postfix.port, postfix.classic]  # stepwise, in chunks, pipelined
-    for port in ports:
-        with SMTPMailer("127.0.0.1", port) as mailer:
-            for _ in range(2):
-                assert mailer.send("a@x.org", ["gone@x.org"], MESSAGE * large)["gone@x.org"].status == "5.1.1"
-                assert mailer.send("a@x.org", ["b@x.org"], MESSAGE * large)["b@x.org"].code == 250
-    assert connections == ports
-    postfix.arrived(4)
 
 
 @pytest.mark.parametrize("auth", [None, "PLAIN", "LOGIN", "CRAM-MD5"])
@@ -2377,44 +2301,7 @@ def test_postfix_refusing_the_password_is_an_outage_and_wanting_tls_a_deferral(q
     assert [(event.delivery_status, "530 5.7.0" in event.error_message) for event in events] == [("4.7.0", True)]
 
 
-@each_port
-def test_postfix_sees_no_bare_line_end_and_no_smuggled_command(postfix, port):
-    with SMTPMailer("127.0.0.1", getattr(postfix, port)) as mailer:
-        for smuggler in SMUGGLERS:
-            assert mailer.send("a@x.org", ["b@x.org"], MESSAGE + smuggler)["b@x.org"].code == 250
-    assert sorted(received.content[received.content.index(b"Message-Id"):] for received in postfix.arrived(
-        len(SMUGGLERS))) == sorted(crlf(MESSAGE + smuggler) for smuggler in SMUGGLERS)
-
-
-@pytest.mark.parametrize("large", [1, 1500])
-def test_postfix_takes_groups_of_a_hundred(queue, postfix, large):
-    recipients = [f"r{i}@x.org" for i in range(250)]
-    queue.add("a@x.org", recipients, MESSAGE * large)
-    counts = QueueProcessorThread(queue, SMTPMailer("127.0.0.1", postfix.port)).process()
-    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 0, 0, 0)
-    wait_until(lambda: sum(len(received.recipients) for received in postfix.beyond.received) >= 250)
-    arrived = postfix.arrived(len(postfix.beyond.received))
-    assert sorted(address for received in arrived for address in received.recipients) == sorted(recipients)
-
-
-def test_postfix_takes_non_ascii_addresses(postfix):
-    recipients = ["bär@x.org", "b@bücher.example", "b@faß.de"]
-    replies = SMTPMailer("127.0.0.1", postfix.port).send("är@x.org", recipients, "Subject: Grüße\n\näöü\n".encode())
-    assert {reply.code for reply in replies.values()} == {250}
-    [received] = postfix.arrived(1)
-    assert sorted(received.recipients) == ["b@faß.de", "b@xn--bcher-kva.example", "bär@x.org"]
-    assert received.content.endswith("Subject: Grüße\r\n\r\näöü\r\n".encode())
-
-
-def test_postfix_that_closes_after_too_many_errors_hurts_no_message(queue, postfix):
-    for i in range(8):
-        queue.add("a@x.org", ["gone@x.org", *["b@x.org"] * (i == 7)], MESSAGE)
-    counts = QueueProcessorThread(queue, SMTPMailer("127.0.0.1", postfix.strict)).process()
-    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 0, 8, 0)
-    assert postfix.arrived(1)[0].recipients == ["b@x.org"]
-
-
-# ---------------------------------------------------------------------------------------------------- the mailers: Exim
+# ----------------------------------------------------------------------------------- the mailers: Exim, and both of them
 
 EXIM_CONF = """
 exim_user = mail
@@ -2445,9 +2332,25 @@ def exim_program() -> str:
     return str(found or cached)
 
 
+@dataclasses.dataclass
+class Exim:
+    """A private Exim, which keeps what it takes."""
+
+    port: int
+    spool: pathlib.Path
+
+    def arrived(self, _number: int) -> list[Received]:
+        found = []
+        for head in self.spool.glob("*-H"):  # envelope and header; beside it a file with the body
+            if parts := re.search(r"\nXX\n\d+\n(.*?)\n\n.*Subject: (\d+)\n", head.read_text(), re.DOTALL):
+                body = head.with_name(head.name[:-1] + "D").read_bytes().partition(b"\n")[2]
+                found.append(Received("", parts[1].split(), b"Subject: %s\n\n" % parts[2].encode() + crlf(body)))
+            head.unlink()
+        return found
+
+
 @pytest.fixture(scope="session")
-def exim(authority: trustme.CA) -> Iterator[Any]:
-    """A private Exim, which keeps what it takes in `spool`."""
+def exim(authority: trustme.CA) -> Iterator[Exim]:
     if os.geteuid() != 0:
         pytest.skip("Exim needs to be started by root")
     program, port = exim_program(), closed_port()
@@ -2463,34 +2366,35 @@ def exim(authority: trustme.CA) -> Iterator[Any]:
             wait_until(lambda: daemon.poll() is not None or not socket.socket().connect_ex(("127.0.0.1", port)))
             if daemon.poll() is not None:  # a library is missing, say
                 pytest.skip(f"exim4 does not start: {daemon.stderr.read().decode().strip()}")
-            yield types.SimpleNamespace(port=port, spool=root / "spool/input")
+            yield Exim(port, root / "spool/input")
         finally:
             daemon.terminate()
             daemon.communicate(timeout=20)
 
 
-@pytest.mark.parametrize("tls", [False, True])
-def test_exim_takes_mixed_messages_over_one_connection(exim, authority, connections, tls):
+@pytest.mark.parametrize(("name", "port", "tls"), [
+    ("postfix", "port", True), ("postfix", "classic", True), ("exim", "port", True), ("exim", "port", False)])
+def test_a_real_relay_takes_mixed_messages_over_one_connection(name, port, tls, request, authority, monkeypatch):
+    server, connect, opened = request.getfixturevalue(name), socket.create_connection, []
     short, long = ".\n..\r\n.\r\n\r.\rQUIT\nf\xfcr\n.".encode(), b".\nno end of it\r\n\n" * 200_000
     cases = [  # recipients, a header line, body, codes
-        (["b@x"], "", short, [250]), (["b@x", "gone@x", "c@x"], "", short, [250, 550, 250]),
-        (["gone@x", "gone@y"], "", short, [550, 550]), (["b@x"], "X-Reject: 1\n", short, [550]),
-        (["b@x"], "", b"", [250]), (["b@x", "gone@x"], "", long, [250, 550])] * 3
-    expected, taken = [], []
+        (["b@x.org"], "", short, [250]), (["b@x.org", "gone@x.org", "c@x.org"], "", short, [250, 550, 250]),
+        (["gone@x.org", "gone@y.org"], "", short, [550, 550]), (["b@x.org"], "X-Reject: 1\n", short, [550]),
+        (["b@x.org"], "", b"", [250]), (["b@x.org", "gone@x.org"], "", long, [250, 550])] * 3
+    cases += [(["b@x.org"], "", smuggler, [250]) for smuggler in SMUGGLERS]
+    expected = []
+    monkeypatch.setattr(socket, "create_connection", lambda *at, **how: opened.append(at) or connect(*at, **how))
     context = trusting(authority) if tls else None
-    with SMTPMailer("127.0.0.1", exim.port, no_tls=not tls, force_tls=tls, context=context) as mailer:
+    with SMTPMailer("127.0.0.1", getattr(server, port), no_tls=not tls, force_tls=tls, context=context) as mailer:
         for number, (recipients, header, body, codes) in enumerate(cases, 100):
             replies = mailer.send("a@x.org", recipients, f"Subject: {number}\n{header}\n".encode() + body)
             assert [replies[to].code for to in recipients] == codes
             if accepted := [to for to in recipients if replies[to].code == 250]:
-                expected.append((str(number), accepted, crlf(body)))
-    assert connections == [exim.port]
-    for head in exim.spool.glob("*-H"):  # envelope and header; beside it a file with the body
-        if found := re.search(r"\nXX\n\d+\n(.*?)\n\n.*Subject: (\d+)\n", head.read_text(), re.DOTALL):
-            data = head.with_name(head.name[:-1] + "D").read_bytes().partition(b"\n")[2]
-            taken.append((found[2], found[1].split(), crlf(data)))
-            head.unlink()
-    assert sorted(taken) == expected
+                expected.append((b"%d" % number, accepted, crlf(body)))
+    assert len(opened) == 1
+    arrived = [(re.search(rb"Subject: (\d+)", each.content)[1], each.recipients, re.split(
+        rb"\r?\n\r?\n", each.content, maxsplit=1)[1]) for each in server.arrived(len(expected))]
+    assert sorted(arrived) == expected
 
 
 # ---------------------------------------------------------------------------------------- the Maildir: creation, rights
@@ -2730,26 +2634,6 @@ def test_guarantee_2_what_cannot_be_locked_is_not_sent(bench: Bench) -> None:
     assert len(run.told) == 3 and all(line.startswith("log ERROR") for line in run.told)
 
 
-def test_guarantee_2_a_lock_on_a_file_that_is_no_longer_there_is_no_claim(queue, sink, monkeypatch):
-    queue.add("app@x.org", ["old@x.org"], MESSAGE)
-    (path,) = pathlib.Path(queue.path, "new").iterdir()
-    flock = fcntl.flock
-
-    def late_flock(fd: int, operation: int) -> None:
-        if operation != fcntl.LOCK_UN and path.exists() and b"old@" in path.read_bytes():
-            replacement = path.with_name("replacement")  # as another processor does, between our open and our lock
-            replacement.write_bytes(path.read_bytes().replace(b"old@", b"changed@"))
-            replacement.rename(path)
-        flock(fd, operation)
-
-    monkeypatch.setattr(fcntl, "flock", late_flock)
-    processor = QueueProcessorThread(queue, sink.mailer())
-    processor.process()
-    assert sink.taken == [] and state(queue) == {"new": [path.name]}
-    assert processor.process().sent == 1
-    assert sink.recipients() == ["changed@x.org"]
-
-
 @pytest.mark.parametrize("place", ["new", "cur", "deferred"])
 def test_guarantee_2_what_somebody_else_has_locked_is_left_to_them(place, run, queue, relay):
     path = put(queue, f"{place}/{NAME}")
@@ -2762,101 +2646,82 @@ def test_guarantee_2_what_somebody_else_has_locked_is_left_to_them(place, run, q
     assert processor.process().sent == 1
 
 
-FORKED_AT_ONCE = """
-import os, sys, threading, time, sendmail
-path, number = sys.argv[1], int(sys.argv[2])
-opened, children, opening = [], [], os.open
-
-def fork():
-    reader, writer = os.pipe()
-    if not (child := os.fork()):
-        os.write(writer, b"x")
-        time.sleep(60)
-        os._exit(0)
-    os.read(reader, 1)  # it is up
-    children.append(child)
-
-def open_and_fork(target, *rest, **more):
-    fd = opening(target, *rest, **more)
-    opened.append(target)
-    if len(opened) == number:
-        forking.start()
-        forking.join(0.3)  # it ends at once, or waits for what we do now
-    return fd
-
-def send(sender, recipients, message):
-    if len(recipients) == 1:
-        if len(opened) >= number:
-            forking.join(20)
-        print(*children, flush=True)
-        os._exit(0)
-
-forking = threading.Thread(target=fork)
-processor = sendmail.QueueProcessorThread(path, type("Mailer", (), {"send": staticmethod(send)})())
-os.open = open_and_fork
-processor.process()
-"""
-
-
 @pytest.mark.parametrize("place", ["new", "cur"])
 @pytest.mark.parametrize("count", [1, 101])  # it dies when it sends to one: at once, or after the file has changed
 def test_guarantee_3_a_child_forked_at_the_wrong_moment_does_not_keep_a_claim(count, place, tmp_path, relay):
-    everybody = [f"{number}@x.org" for number in range(count)]
+    everybody, opening = [f"{number}@x.org" for number in range(count)], os.open
+
+    def pass_and_die(queue, number, writer):
+        """Make a pass, fork while the file is opened that has this number, tell the child, and die in the end."""
+        opened, forking = [], threading.Thread(target=fork_and_tell, args=[writer])
+
+        def open_and_fork(target, *rest, **more):
+            fd = opening(target, *rest, **more)
+            opened.append(target)
+            if len(opened) == number:
+                forking.start()
+                forking.join(0.3)  # it ends at once, or waits for what we do now
+            return fd
+
+        def send(recipients):
+            if len(recipients) == 1:
+                if len(opened) >= number:
+                    forking.join(20)
+                os._exit(0)
+
+        os.open = open_and_fork
+        one_pass(queue, calling(send))
+
+    def fork_and_tell(writer):
+        reader, up = os.pipe()
+        if not (child := os.fork()):
+            os.write(up, b"x")
+            time.sleep(60)
+            os._exit(0)
+        os.read(reader, 1)
+        os.write(writer, b"%d" % child)
+
     for number in itertools.count(1):
         queue = Maildir(tmp_path / str(number))
         put(queue, f"{place}/{NAME}", *everybody)
-        command = python_command(FORKED_AT_ONCE, queue.path, number, options=["-W", "ignore"])
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            child = process.stdout.readline().strip()
-            try:
-                assert process.wait(30) == 0
-                assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1, f"fork at open {number}"
-                assert relay.received[-1].recipients == everybody[-1:]
-            finally:
-                if child:
-                    os.kill(int(child), signal.SIGKILL)
+        reader, writer = os.pipe()
+        forked(functools.partial(pass_and_die, queue, number, writer))
+        os.close(writer)
+        child = os.read(reader, 20)
+        os.close(reader)
+        try:
+            assert one_pass(queue, relay).sent == 1, f"fork at open {number}"
+            assert relay.received[-1].recipients == everybody[-1:]
+        finally:
+            if child:
+                os.kill(int(child), signal.SIGKILL)
         if not child:  # there are no more
             break
     assert number > 1
 
 
-LOST_DESCRIPTORS = """
-import os, sys, threading, time, sendmail
-met = threading.Barrier(9)
-reader, writer = os.pipe()
-held = lambda: [fd for fd in os.listdir("/proc/self/fd") if "/cur/" in os.path.realpath(f"/proc/self/fd/{fd}")]
-
-class Mailer:
-    def send(self, fromaddr, toaddrs, message):
-        met.wait(20)
-        time.sleep(60)
-
-for _ in range(8):
-    threading.Thread(target=sendmail.QueueProcessorThread(sys.argv[1], Mailer()).process, daemon=True).start()
-met.wait(20)
-for fd in held()[:4]:
-    os.close(int(fd))  # as a daemon does that closes what it does not know
-child = os.fork()
-if not child:
-    os.write(writer, b"x")
-    time.sleep(60)
-os.read(reader, 1)  # it is up
-print(child, flush=True)
-os._exit(0)
-"""
-
-
 def test_guarantee_3_a_lost_descriptor_keeps_no_other_open_in_a_child(queue, relay):
+    reader, writer = os.pipe()
+
+    def claim_all_and_die(_recipients):
+        if os.listdir(f"{queue.path}/new"):
+            one_pass(queue, calling(claim_all_and_die))
+        held = [fd for fd in os.listdir("/proc/self/fd") if "/cur/" in os.path.realpath(f"/proc/self/fd/{fd}")]
+        for fd in held[:4]:
+            os.close(int(fd))  # as a daemon does that closes what it does not know
+        if not os.fork():
+            os.write(writer, b"%d" % os.getpid())  # it is up
+            time.sleep(60)
+        os._exit(0)
+
     for number in range(8):
         queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
-    command = python_command(LOST_DESCRIPTORS, queue.path, options=["-W", "ignore"])
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        child = int(process.stdout.readline())
-        try:
-            process.wait(20)
-            assert QueueProcessorThread(queue, relay.mailer()).process().sent == 8
-        finally:
-            os.kill(child, signal.SIGKILL)
+    forked(lambda: one_pass(queue, calling(claim_all_and_die)))
+    child = int(os.read(reader, 20))
+    try:
+        assert QueueProcessorThread(queue, relay.mailer()).process().sent == 8
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_what_cannot_be_claimed_stops_nothing_is_said_once_and_looked_at_again_after_a_minute(queue, relay, caplog):
@@ -2904,17 +2769,6 @@ def test_odd_files_are_left_alone_and_stop_nothing(queue, relay, caplog, tmp_pat
     assert [message.recipients for message in relay.received] == [["ann@x.org"]]
     assert state(queue) == before and outside.exists()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-
-
-@pytest.mark.parametrize("name", ["message", "msg.1.example.com", "12a.x", ",due=1", "9" * 40 + ".x"])
-def test_a_foreign_file_name_is_no_trouble(queue: Maildir, sink: Sink, events: Any, caplog: Any, name: str) -> None:
-    put(queue, f"new/{name}", "ann@x.org", "deferred@x.org")
-    counts = one_pass(queue, sink)
-    assert (counts.sent, counts.deferred, counts.left) == (1, 1, 1)
-    assert [type(event) for event in events] == [MailSentEvent, MailDeferredEvent]
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-    assert re.fullmatch(rf"\d{{10}}\.{re.escape(name)}", state(queue)["deferred"][0])
-    assert standing_recipients(queue) == {"deferred": ["deferred@x.org"]}
 
 
 def test_no_file_is_opened_in_a_way_that_follows_a_link(bench: Bench) -> None:
@@ -2972,150 +2826,6 @@ def test_a_trigger_that_is_no_fifo_or_a_link_to_one_is_ignored(make, queue, rela
     assert make != "touch" or trigger.read_bytes() == b""
 
 
-# -------------------------------------------------------------------------------------------- crashes and faults: kills
-
-
-def assert_nothing_lost(root: pathlib.Path, sink: Sink, later: float = 0.0) -> None:
-    """Make one pass, at once; then each recipient of `mixed_queue` has what it should have."""
-    wait_until(lambda: not sink.busy)
-    for directory in ("new", "cur", "deferred", ".failed/new"):
-        standing(root, directory)
-    assert one_pass(root, sink, time.time() + later).outage is None
-    assert set(sink.recipients()) == {"plain@x.org", "dead@x.org", "sent@x.org"}
-    assert {text for _, _, text in sink.taken} == {crlf(MESSAGE)}
-    assert standing(root, "deferred") == ["deferred@x.org"]
-    assert set(standing(root, ".failed/new")) == {"refused@x.org"}
-    assert standing(root, "new") == standing(root, "cur") == []
-
-
-def kill_points(run: Run) -> list[tuple[str, int]]:
-    return [(call, n + 1) for call, count in run.count().items() if call not in QUIET for n in range(count)]
-
-
-def killed_at(call: str, n: int) -> tuple[str, ...]:
-    return "-e", f"trace={call},getppid", "-e", f"inject={call}:signal=SIGKILL:when={n}"
-
-
-def assert_kills(what: str, points: list[Any], results: list[tuple[int, list[str]]]) -> None:
-    """Nearly all points were reached; some, not all, lie in the window for a duplicate."""
-    kills = sum(status == -signal.SIGKILL for status, _ in results)
-    repeated = sum(bool(duplicates) for _, duplicates in results)
-    print(f"{what}: {kills} kill points, {repeated} of them in the window for a duplicate")
-    assert kills >= 0.9 * len(points) > 90
-    assert 0 < repeated < kills
-
-
-@pytest.mark.sweep
-def test_guarantee_1_no_kill_in_a_pass_loses_a_recipient_and_only_the_window_repeats_one(benches: Benches) -> None:
-    with benches.one() as bench:
-        mixed_queue(bench.directory / "traced")
-        traced = bench.run(PASS, bench.directory / "traced")
-        assert traced.status == 0
-
-    def kill_in_pass(bench: Bench, root: pathlib.Path, call: str, n: int) -> tuple[int, list[str]]:
-        mixed_queue(root)
-        run = bench.run(PASS, root, *killed_at(call, n))
-        assert_nothing_lost(root, bench.sink)
-        assert not bench.sink.duplicates_outside_the_window()
-        assert not sent_events(run) & set(bench.sink.duplicates())
-        return run.status, bench.sink.duplicates()
-
-    points = kill_points(traced)
-    assert_kills("a pass", points, benches.sweep(kill_in_pass, points))
-
-
-@pytest.mark.sweep
-def test_guarantee_4_no_kill_in_a_commit_loses_what_was_committed_or_shows_a_part_of_it(benches: Benches) -> None:
-    with benches.one() as bench:
-        traced = bench.run(ENQUEUE, bench.directory / "traced enqueue", count=3)
-        assert traced.told == ["committed"]
-
-    def kill_in_commit(bench: Bench, root: pathlib.Path, call: str, n: int) -> int:
-        run = bench.run(ENQUEUE, root, *killed_at(call, n), count=3)
-        committed = run.told == ["committed"]
-        Maildir(root)  # completes it, if it was cut short
-        visible = standing(root, "new")
-        assert one_pass(root, bench.sink).left == 0
-        assert bench.sink.recipients() == visible == sorted(set(visible))
-        assert visible == ["plain0@x.org", "plain1@x.org", "plain2@x.org"] or not committed
-        return run.status
-
-    points = kill_points(traced)
-    statuses = benches.sweep(kill_in_commit, points)
-    kills = statuses.count(-signal.SIGKILL)
-    print(f"an enqueue of 3 messages and the creation of the queue: {kills} kill points, no duplicate")
-    assert kills >= 0.9 * len(points) > 20
-
-
-DIRECT = """
-delivery = sendmail.DirectMailDelivery(sendmail.SMTPMailer("127.0.0.1", port, timeout=30), fallback=path)
-for recipients in (["plain@x.org"], ["sent@x.org", "deferred@x.org", "refused@x.org"], ["dead@x.org"]):
-    delivery.send("app@x.org", recipients, message)
-transaction.commit()
-tell("committed")
-"""
-
-
-@pytest.mark.sweep
-def test_no_kill_in_a_direct_delivery_with_a_fallback_loses_what_was_committed(benches: Benches) -> None:
-    with benches.one() as bench:
-        traced = bench.run(DIRECT, bench.directory / "traced direct")
-        assert traced.told[-1] == "committed"
-
-    def kill_in_direct(bench: Bench, root: pathlib.Path, call: str, n: int) -> tuple[int, list[str]]:
-        run = bench.run(DIRECT, root, *killed_at(call, n))
-        Maildir(root)
-        wait_until(lambda: not bench.sink.busy)
-        if "committed" in run.told:
-            assert_nothing_lost(root, bench.sink)
-        else:
-            visible = {address for directory in ("new", "cur", "deferred") for address in standing(root, directory)}
-            committed = visible | set(bench.sink.recipients())
-            assert one_pass(root, bench.sink).outage is None
-            assert committed & {"plain@x.org", "sent@x.org", "dead@x.org"} == set(bench.sink.recipients())
-        assert not bench.sink.duplicates_outside_the_window()
-        return run.status, bench.sink.duplicates()
-
-    points = kill_points(traced)
-    assert_kills("a direct delivery", points, benches.sweep(kill_in_direct, points))
-
-
-@pytest.mark.sweep
-def test_four_processes_with_two_processors_each_killed_at_random_lose_nothing(tmp_path, background, sink):
-    queue = Maildir(tmp_path / "crowded")
-    sink.delay = 0.02
-    everybody = [f"sent{number:04}@x.org" for number in range(2000)]
-    delivery = QueuedMailDelivery(queue)
-    for address in everybody:
-        delivery.send("app@x.org", [address], MESSAGE)
-    transaction.commit()
-
-    def start() -> Any:
-        command = processor_command(queue, sink, "--interval", 0.02, "--workers", 2)
-        return background(*command, stderr=subprocess.PIPE)
-
-    processes = [start() for _ in range(4)]
-    chance = random.Random(5)
-    kills = 0
-    while os.listdir(tmp_path / "crowded" / "new") or os.listdir(tmp_path / "crowded" / "cur"):
-        time.sleep(chance.uniform(0.0, 0.3))
-        victim = chance.randrange(4)
-        if sink.taken:
-            processes[victim].kill()
-            assert processes[victim].communicate(timeout=20)[1] == b""
-            processes[victim] = start()
-            kills += 1
-    for process in processes:
-        process.terminate()
-        process.communicate(timeout=20)
-    wait_until(lambda: not sink.busy)
-    assert set(sink.recipients()) == set(everybody)
-    assert sink.duplicates_outside_the_window() == []
-    assert len(sink.duplicates()) <= kills * 2
-    print(f"4 processes x 2 processors, 2,000 messages: {kills} kills, {len(sink.duplicates())} duplicates, in the window")
-    assert kills > 3 and state(queue).keys() <= {"tmp"}
-
-
 # ------------------------------------------------------------------------------------------- crashes and faults: faults
 
 FAULTS = {
@@ -3137,6 +2847,18 @@ def fault_points(run: Run) -> list[tuple[str, str, int, str]]:
 
 def fault_at(fault: str, call: str, n: int, lasting: str) -> tuple[str, ...]:
     return "-e", f"trace={call},getppid", "-e", f"inject={call}:error={fault}:when={n}{lasting}"
+
+
+def assert_nothing_lost(root: pathlib.Path, sink: Sink) -> None:
+    """Make one pass, much later; then each recipient of `mixed_queue` has what it should have."""
+    for directory in ("new", "cur", "deferred", ".failed/new"):
+        standing(root, directory)
+    assert one_pass(root, sink, time.time() + 3700).outage is None
+    assert set(sink.recipients()) == {"plain@x.org", "dead@x.org", "sent@x.org"}
+    assert {text for _, text in sink.taken} == {crlf(MESSAGE)}
+    assert standing(root, "deferred") == ["deferred@x.org"]
+    assert set(standing(root, ".failed/new")) == {"refused@x.org"}
+    assert standing(root, "new") == standing(root, "cur") == []
 
 
 @pytest.mark.sweep
@@ -3161,13 +2883,14 @@ def test_no_fault_in_a_pass_loses_or_stops_anything(benches: Benches) -> None:
             assert ("MailErrorEvent refused@x.org" in run.told) == bool(given_up), "what was given up is not told"
             trouble = [line for line in run.told if line.startswith(("log WARN", "log ERR", "log CRIT", "raised"))]
             assert fault == "ENOENT" or len(sent) == 3 or any("failed message-id" not in line for line in trouble)
-            assert_nothing_lost(root, bench.sink, later=3700.0)
+            assert_nothing_lost(root, bench.sink)
             held = [line for line in run.told if line.startswith("log CRITICAL")]
             assert len(held) <= 1 or lasting
-            assert held or not bench.sink.duplicates()
+            repeated = len(bench.sink.taken) > 3
+            assert held or not repeated
         except Exception as error:
             return f"{where}: {type(error).__name__} {str(error).splitlines()[0]} {run.told}"
-        return "repeated" if bench.sink.duplicates() else ""
+        return "repeated" if repeated else ""
 
     results = benches.sweep(fault_in_pass, fault_points(traced))
     failures = [result for result in results if result not in ("", "repeated")]
@@ -3861,6 +3584,30 @@ def test_guarantee_4_no_power_cut_loses_or_repeats_what_was_committed_or_sends_a
     side_by_side(cut_power, cases)
 
 
+@pytest.mark.sweep
+def test_guarantees_1_and_4_no_kill_loses_what_was_committed_or_sends_a_part_of_it(benches: Benches) -> None:
+    """Killed at every system call of every workload, a process repeats at most the message in hand."""
+
+    def run(bench: Bench, top: pathlib.Path, name: str, *point: Any) -> Run:
+        instructions, code = WORKLOADS[name]
+        top.mkdir()
+        before = stage(top, instructions)
+        inject = ["-e", "inject={}:signal=SIGKILL:when={}".format(*point)] if point else []
+        done = bench.run(RECORDED + code, top / "q", *inject)
+        Maildir(top / "q")  # which completes it, if need be
+        stood = [Step(-1, content=content or b"") for content in before.values()]
+        word, *in_hand = done.told[-1].split() if done.told else [""]
+        check_power_cut(top / "q", stood + [Step(0, told=line) for line in done.told], in_hand * (word == "sent"))
+        return done
+
+    undisturbed = benches.sweep(run, [(name,) for name in WORKLOADS])
+    points = [(name, call, n + 1) for name, done in zip(WORKLOADS, undisturbed)
+              for call, count in done.count().items() if call not in QUIET for n in range(count)]
+    statuses = [done.status for done in benches.sweep(run, points)]
+    print(f"{len(points)} kill points, {statuses.count(-signal.SIGKILL)} kills")
+    assert statuses.count(-signal.SIGKILL) >= 0.9 * len(points)
+
+
 # ------------------------------------------------------------------------------------ crashes and faults: interleavings
 
 SCHEDULES = 250  # of each number of decisions, in each encounter, by default
@@ -4365,13 +4112,6 @@ def test_an_explicit_manager_rules_its_deliveries_and_no_other(kind, queue, rela
     assert delivered(queue, relay) == ["one", "two"]
 
 
-def test_an_explicit_default_manager_refuses_too(queue):
-    transaction.manager.explicit = True
-    with pytest.raises(NoTransaction):
-        QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
-    assert state(queue) == {}
-
-
 def test_sixteen_threads_commit_fifty_times_each_through_one_delivery(queue):
     delivery = QueuedMailDelivery(queue)
 
@@ -4387,26 +4127,6 @@ def test_sixteen_threads_commit_fifty_times_each_through_one_delivery(queue):
         list(pool.map(work, range(16)))
     assert sorted(subjects(content(queue))) == sorted(f"t{t}n{number}" for t in range(16) for number in range(50))
     assert list(state(queue)) == ["new"]
-
-
-def test_after_a_conflict_error_one_mail_goes_out_that_of_the_second_attempt(delivery, tmp_path, queue, relay):
-    zodb = pytest.importorskip("ZODB", reason="ZODB is not installed")
-    storage = pytest.importorskip("ZODB.FileStorage").FileStorage(str(tmp_path / "data.fs"))
-    database, rival, tries = zodb.DB(storage), transaction.TransactionManager(), []
-    connection = database.open()
-    with transaction.manager:
-        connection.root()["visits"] = 0
-    for attempt in transaction.manager.attempts():
-        with attempt:
-            connection.root()["visits"] += 1
-            tries.append(connection.root()["visits"])
-            if len(tries) == 1:
-                with rival:
-                    database.open(rival).root()["visits"] += 10
-            delivery.send(SENDER, ANN, a_message(f"visit{tries[-1]}"))
-    database.close()
-    assert tries == [1, 11]
-    assert delivered(queue, relay) == ["visit11"]
 
 
 # ----------------------------------------------------------------------------------------------------------- deliveries
@@ -4870,24 +4590,6 @@ def test_batch_bounds_every_interval_whatever_wakes_a_processor(queue, monkeypat
     assert max(intervals) < 16, "nor are there less"
 
 
-def test_batch_is_reached_where_enough_is_waiting(queue, monkeypatch):
-    now, sent = [1_800_000_000.0], []
-
-    def send(_recipients):
-        now[0] += 0.01
-        sent.append(now[0])
-        if len(sent) == 12:
-            processor.stop()
-
-    for _ in range(12):
-        queue.add("app@x.org", "ann@x.org", MESSAGE)
-    processor = QueueProcessorThread(queue, calling(send), 10.0, batch=3)
-    processor._clock = lambda: now[0]
-    monkeypatch.setattr(select, "poll", lambda: Poll(now, lambda seconds: seconds))
-    processor.run()
-    assert 30 <= sent[-1] - sent[0] < 31
-
-
 def test_a_queue_that_cannot_be_read_is_looked_at_once_in_an_interval_though_batch_cut_a_pass_short(queue, monkeypatch):
     now, waits = [1_800_000_000.0], []
 
@@ -5131,25 +4833,6 @@ def test_dot_alone_ends_the_message_only_without_i_and_every_other_byte_is_kept(
     assert relay.received[0].content == crlf(head + kept)
 
 
-@pytest.mark.parametrize(("message", "rest"), [
-    (b"Subject: hi\r\n\r\nbody\r\n", b"Subject: hi\r\n\r\nbody\r\n"),
-    (b"no headers: at all\n", b"\nno headers: at all\n"),  # a space is no part of a header's name (RFC 5322, 2.2)
-    (b"just text\nFrom: nobody\n", b"\njust text\nFrom: nobody\n"),
-    (b"\nafter a blank line\n", b"\nafter a blank line\n"), (b"", b""),
-    (b"From ann Tue Nov 24 10:00:00 2026\nSubject: mbox\n\nFrom here\n", b"Subject: mbox\n\nFrom here\n"),
-], ids=["crlf", "one-header", "no-header", "blank", "empty", "mbox"])
-def test_missing_headers_are_added_before_the_rest(run, queue, message, rest):
-    assert run("--maildir", queue.path, ANN, stdin=message) == (0, "", "")
-    stored = queued(queue)[2]
-    assert stored.endswith(rest)
-    added = stored[: len(stored) - len(rest)]
-    assert not rest or added.count(b"\n") == 3
-    parsed = email.message_from_bytes(stored, policy=email.policy.default)
-    assert sorted(set(parsed) - {"Subject"}) == ["Date", "From", "Message-Id"]
-    assert parsed["Date"].datetime
-    assert re.fullmatch(r"<[^<>@\s]+@[^<>@\s]+>", parsed["Message-Id"])
-
-
 @pytest.mark.parametrize(("arguments", "author"), [
     ("-f jörg@example.com", "jörg@example.com"), ("-f '' --domain bücher.example", "MAILER-DAEMON@bücher.example"),
     ("-f jörg@example.com -F 'Jörg <>'", "=?utf-8?b?SsO2cmcgPD4=?= <jörg@example.com>"),
@@ -5158,9 +4841,9 @@ def test_missing_headers_are_added_before_the_rest(run, queue, message, rest):
     ("-f eve@example.com -F 'Eve\nReply-To: eve@evil.org'", None), ("", f"{USER}@{socket.gethostname()}"),
 ])
 def test_a_missing_from_is_added_whoever_it_is(run, queue, arguments, author):
-    assert run("--maildir", queue.path, *shlex.split(arguments), "root", stdin=b"Subject: x\n\n") == (0, "", "")
+    assert run("--maildir", queue.path, *shlex.split(arguments), "root", stdin=b"no header\n") == (0, "", "")
     assert author is None or f"From: {author}\n".encode() in queued(queue)[2]
-    assert sorted(email.message_from_bytes(queued(queue)[2]).keys()) == ["Date", "From", "Message-Id", "Subject"]
+    assert sorted(email.message_from_bytes(queued(queue)[2]).keys()) == ["Date", "From", "Message-Id"]
     assert queued(queue)[1] == [f"root@{'bücher.example' if '--domain' in arguments else socket.gethostname()}"]
 
 
@@ -5607,8 +5290,8 @@ def test_unreadable_standard_input_queues_nothing(queue, closed):
 
 
 def test_a_message_too_large_for_the_disk_is_refused_and_leaves_no_litter(queue):
-    done = command_line("--maildir", queue.path, ANN, stdin=MESSAGE + b"x" * 100_000,
-                        preexec_fn=limited((resource.RLIMIT_FSIZE, 1000)))  # fmt: skip
+    done = command_line("--maildir", queue.path, ANN, stdin=MESSAGE + b"x" * 3_000_000,
+                        preexec_fn=limited((resource.RLIMIT_FSIZE, 2_000_000)))  # fmt: skip
     assert (done.returncode, done.stdout) == (74, b"")
     assert re.fullmatch(rf"sendmail: .*{queue.path}.*\n", done.stderr.decode()), "where it is full"
     assert state(queue) == {}
@@ -5693,40 +5376,25 @@ def test_main_makes_a_pass_in_any_thread(queue, relay):
 # ----------------------------------------------------------------- the command line: the file alone, and no transaction
 
 
-@pytest.fixture
-def alone(tmp_path: pathlib.Path) -> Callable[..., Any]:
-    """Run a copy of the module, or code that imports it, isolated, with nothing but the standard library."""
-    (tmp_path / "vendored").mkdir()
-    isolated = ["-I", "-S"]
-    copy = shutil.copy(MODULE, tmp_path / "vendored" / "sendmail.py")
-
-    def call(*arguments: Any, code: str = "", stdin: bytes = b"") -> Any:
-        command = python_command(code, module=copy, options=isolated) if code else [sys.executable, *isolated, copy]
-        command += map(str, arguments)
-        return subprocess.run(command, input=stdin, capture_output=True, timeout=60, cwd="/", env={})
-
-    return call
+def test_the_file_alone_queues_and_prints_with_nothing_but_the_standard_library(queue, tmp_path):
+    command = [sys.executable, "-I", "-S", shutil.copy(MODULE, tmp_path / "vendored.py"), "--maildir", queue.path]
+    for option, stdin, shown in ("-t", b"To: ann@example.com\n" + MESSAGE, b""), ("--print", b"", b"Hello, Ann."):
+        done = subprocess.run([*command, option], input=stdin, capture_output=True, timeout=60, cwd="/", env={})
+        assert (done.returncode, done.stderr) == (0, b"") and shown in done.stdout
+    assert state(queue) == {}
 
 
-def test_file_alone_queues_and_prints(alone, queue):
-    done = alone("--maildir", queue.path, "-t", stdin=b"To: ann@example.com\n" + MESSAGE)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    done = alone("--maildir", queue.path, "--print")
-    assert (done.returncode, done.stderr, state(queue)) == (0, b"", {})
-    assert b"Hello, Ann." in done.stdout
-
-
-def test_without_transaction_only_the_deliveries_are_missing(alone, queue, relay):
-    code = f"""
+def test_without_transaction_only_the_deliveries_are_missing(queue, relay):
+    code = """
+sys.modules["transaction"] = None  # not to be had
 import sendmail
-assert "transaction" not in sys.modules
 @sendmail.subscribe
 def broken(event): raise RuntimeError("broken handler")
 @sendmail.subscribe
 def working(event): print(type(event).__name__, *event.toaddrs)
-queue = sendmail.Maildir({queue.path!r})
+queue = sendmail.Maildir(sys.argv[1])
 queue.add("app@example.com", "ann@example.com", "Subject: Hello\\n\\nHello.\\n")
-mailer = sendmail.SMTPMailer({relay.host!r}, {relay.port})
+mailer = sendmail.SMTPMailer("127.0.0.1", int(sys.argv[2]))
 sendmail.QueueProcessorThread(queue, mailer).process()
 for make in (lambda: sendmail.QueuedMailDelivery(queue), lambda: sendmail.DirectMailDelivery(mailer)):
     try:
@@ -5734,9 +5402,7 @@ for make in (lambda: sendmail.QueuedMailDelivery(queue), lambda: sendmail.Direct
     except ImportError as error:
         print(error)
 """
-    done = alone(code=code)
-    event, *refusals = done.stdout.decode().splitlines()
-    assert done.returncode == 0 and b"broken handler" in done.stderr
+    event, *refusals = run_python(code, queue.path, relay.port).splitlines()
     assert event == f"MailSentEvent {ANN}" and len(relay.received) == 1
     assert len(refusals) == 2 and all("pip install transaction" in refusal for refusal in refusals)
 
