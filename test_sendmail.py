@@ -59,7 +59,6 @@ import threading
 import time
 import traceback
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -2087,9 +2086,7 @@ def test_each_thread_has_a_connection_of_its_own(scripted):
 
 def forked(work: Callable[[], Any]) -> None:
     """Do *work* in a forked child."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a fork in a process with threads, since Python 3.12
-        pid = os.fork()
+    pid = os.fork()
     if pid == 0:
         try:
             work()
@@ -3467,10 +3464,8 @@ def cut_power(case: tuple[str, list[Step], bool]) -> tuple[str, list[str]]:
 
 def side_by_side(work: Callable[[Any], tuple[str, list[str]]], cases: list[Any]) -> None:
     """Do the work for each case, two at a time, in forked processes; say what was done, and fail if it is wrong."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a fork in a process with threads, since Python 3.12
-        with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-            results = list(pool.map(work, cases))
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        results = list(pool.map(work, cases))
     print(*(summary for summary, _ in results), sep="\n")
     wrong = [complaint for _, complaints in results for complaint in complaints]
     assert not wrong, wrong[0]
