@@ -51,6 +51,7 @@ import smtplib
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,6 @@ import threading
 import time
 import traceback
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -261,11 +261,11 @@ class Scripted:
     up to the dot, `connection.close()` closes.
     """
 
-    def __init__(self, dialogue: Callable[[Connection], None], host: str = "127.0.0.1") -> None:
+    def __init__(self, dialogue: Callable[[Connection], None]) -> None:
         self.dialogue = dialogue
         self.connections: list[Connection] = []
-        self.socket = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self.host, self.port = host, self.socket.getsockname()[1]
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.host, self.port = self.socket.getsockname()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -322,8 +322,8 @@ class Connection:
 def scripted() -> Iterator[Callable[..., Scripted]]:
     servers: list[Scripted] = []
 
-    def start(dialogue: Callable[[Connection], None], **options: Any) -> Scripted:
-        servers.append(Scripted(dialogue, **options))
+    def start(dialogue: Callable[[Connection], None]) -> Scripted:
+        servers.append(Scripted(dialogue))
         return servers[-1]
 
     yield start
@@ -391,16 +391,13 @@ def answering(*extensions: str, tls: ssl.SSLContext | None = None, **answers: An
     return dialogue
 
 
-def byte_by_byte(reply: str) -> Callable[[str, Any], str | None]:
+def byte_by_byte(reply: str) -> Callable[[str, Any], str]:
     """An answer that never pauses, and takes twenty seconds, if the other side has so much patience."""
 
-    def answer(_line: str, connection: Any) -> str | None:
-        hang_up = select.poll()
-        hang_up.register(connection.sock, select.POLLRDHUP)
+    def answer(_line: str, connection: Any) -> str:
         for byte in f"{reply[:3]}-{'x' * 400}\r\n".encode():
             connection.sock.sendall(bytes([byte]))
-            if hang_up.poll(50):
-                return None
+            time.sleep(0.05)
         return reply
 
     return answer
@@ -462,67 +459,33 @@ def verbs(connection: Any) -> list[str]:
 
 
 class Sink:
-    """A relay that keeps account of what each connection took, and whether it was heard of again after that.
+    """A relay that keeps account of what it took for whom; while `gate` is clear, it does not say so.
 
-    It defers recipients called `deferred…` and refuses those called `refused…`; while `gate` is clear, it takes
-    messages and does not say so; otherwise it does so after `delay` seconds.
+    It defers recipients called `deferred…` and refuses those called `refused…`.
     """
 
     def __init__(self) -> None:
-        self.taken: list[tuple[str, Connection, bytes]] = []
-        self.last: dict[Connection, list[str]] = {}  # whom a connection took it for when it was last heard of
+        self.taken: list[tuple[str, bytes]] = []
         self.gate = threading.Event()
         self.gate.set()
-        self.delay = 0.0
-        self.busy = 0
-        self.lock = threading.Lock()
-        self.server = Scripted(self._serve)
+        self.server = Scripted(answering(*CHUNKING, RCPT=self._recipient, end=self._end))
         self.host, self.port = self.server.host, self.server.port
 
     def mailer(self) -> SMTPMailer:
-        return SMTPMailer("127.0.0.1", self.port, timeout=30)
+        return self.server.mailer(timeout=30)
 
-    def _serve(self, connection: Any) -> None:
-        with self.lock:
-            self.busy += 1
-        connection.accepted = []
-        try:
-            answering(*CHUNKING, MAIL=self._next, RCPT=self._recipient, end=self._end,
-                      RSET=self._next, QUIT=self._next)(connection)
-        finally:
-            with self.lock:
-                self.busy -= 1
-
-    def _next(self, _line: str, connection: Any) -> str:
-        self.last[connection], connection.accepted = [], []  # what was taken before is certainly settled
-        return "250 2.0.0 Ok"
-
-    def _recipient(self, line: str, connection: Any) -> str:
-        address = line[len("RCPT TO:<") : -1]
-        reply = {"deferr": "450 4.2.1 busy", "refuse": "550 5.1.1 unknown"}.get(address[:6], "250 2.1.5 Ok")
-        connection.accepted += [address] * reply.startswith("250")
-        return reply
+    def _recipient(self, line: str, _connection: Any) -> str:
+        return {"deferr": "450 4.2.1 busy", "refuse": "550 5.1.1 unknown"}.get(line[9:15], USUAL["RCPT"])
 
     def _end(self, _line: str, connection: Any) -> str:
-        self.last[connection] = connection.accepted
-        with self.lock:
-            self.taken += [(address, connection, connection.messages[-1]) for address in connection.accepted]
+        envelope = " ".join(connection.lines).rpartition("MAIL FROM")[2]
+        accepted = re.findall(r"RCPT TO:<(?!deferr|refuse)(.*?)>", envelope)
+        self.taken += [(address, connection.messages[-1]) for address in accepted]
         self.gate.wait(60)
-        time.sleep(self.delay)
-        return "250 2.0.0 Ok: queued"
+        return USUAL["end"]
 
     def recipients(self) -> list[str]:
-        return sorted(address for address, _, _ in self.taken)
-
-    def duplicates(self) -> list[str]:
-        """Those recipients who got the message more than once."""
-        return sorted(address for address, n in collections.Counter(self.recipients()).items() if n > 1)
-
-    def duplicates_outside_the_window(self) -> list[str]:
-        """Those among them to whom it was sent again although its first sender lived on after the relay's reply."""
-        takings = [[c for a, c, _ in self.taken if a == address] for address in self.duplicates()]
-        return [address for address, connections in zip(self.duplicates(), takings, strict=True)
-                if any(address not in self.last[earlier] for earlier in connections[:-1])]
+        return sorted(address for address, _ in self.taken)
 
 
 @pytest.fixture
@@ -540,16 +503,15 @@ def brief(value: Any) -> str:
 COUNTS = {"sent": (1, 0, 0, 0), "deferred": (0, 1, 0, 1), "failed": (0, 0, 1, 0), "outage": (0, 0, 0, 1)}
 
 
-class Does:
+def giving(what):
     """A mailer that returns or raises *what*."""
 
-    def __init__(self, what):
-        self.what = what
+    def give(_recipients):
+        if isinstance(what, BaseException):
+            raise what
+        return what
 
-    def send(self, fromaddr, toaddrs, message):
-        if isinstance(self.what, BaseException):
-            raise self.what
-        return self.what
+    return calling(give)
 
 
 # ---------------------------------------------------------------------- fakes and fixtures: processes, under strace too
@@ -575,6 +537,14 @@ def command_line(*arguments: Any, stdin: bytes = b"", env: dict[str, str] | None
         [sys.executable, str(MODULE), *map(str, arguments)], input=stdin, capture_output=True, timeout=60,
         env={**os.environ, **(env or {})}, check=False, **options,
     )
+
+
+def run_python(code: str, *arguments: Any, under: Any = (), **options: Any) -> str:
+    """Run *code* in a process of its own, to a good end; return what it printed."""
+    command = [*under, *python_command(code, *arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    return done.stdout
 
 
 @pytest.fixture
@@ -731,9 +701,8 @@ class Benches:
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.free: SimpleQueue[Bench] = SimpleQueue()
-        self.all = [Bench(directory / "bench1"), Bench(directory / "bench2")]
-        for bench in self.all:
-            self.free.put(bench)
+        for number in range(2):
+            self.free.put(Bench(directory / f"bench{number}"))
 
     @contextlib.contextmanager
     def one(self) -> Iterator[Bench]:
@@ -745,15 +714,15 @@ class Benches:
             self.free.put(bench)
 
     def sweep(self, experiment: Callable[..., Any], cases: list[Any]) -> list[Any]:
-        def run(number: int) -> Any:
+        def run(number: int, case: Any) -> Any:
             with self.one() as bench:
                 root = bench.directory / f"{experiment.__name__}{number}"
-                result = experiment(bench, root, *cases[number])
+                result = experiment(bench, root, *case)
                 shutil.rmtree(root, ignore_errors=True)
                 return result
 
-        with concurrent.futures.ThreadPoolExecutor(len(self.all)) as pool:
-            return list(pool.map(run, range(len(cases))))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, itertools.count(), cases))
 
 
 @pytest.fixture(scope="module")
@@ -763,8 +732,8 @@ def benches() -> Iterator[Benches]:
     with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
         benches = Benches(pathlib.Path(directory))
         yield benches
-        for bench in benches.all:
-            bench.close()
+        while not benches.free.empty():
+            benches.free.get().close()
 
 
 @pytest.fixture
@@ -808,10 +777,6 @@ def mixed_queue(root: pathlib.Path) -> Maildir:
     (dead,) = set(state(queue)["new"]) - set(names)
     os.rename(root / "new" / dead, root / "cur" / dead)
     return queue
-
-
-def sent_events(run: Run) -> set[str]:
-    return {address for line in run.told if line.startswith("MailSentEvent") for address in line.split()[1:]}
 
 
 # ------------------------------------------------------------------------- fakes and fixtures: deliveries, transactions
@@ -926,7 +891,7 @@ def test_the_status_of_a_reply_is_the_enhanced_one_or_else_the_general_one_of_it
 def test_whatever_a_mailer_returns_or_raises_is_one_of_four_outcomes(queue, events, does, outcome, status):
     queue.add("a@x.org", ["b@x.org"], MESSAGE)
     before = state(queue)
-    counts = QueueProcessorThread(queue, Does(does)).process()
+    counts = QueueProcessorThread(queue, giving(does)).process()
     assert (counts.sent, counts.deferred, counts.failed, counts.left) == COUNTS[outcome]
     kinds = {"sent": [MailSentEvent], "deferred": [MailDeferredEvent], "failed": [MailErrorEvent], "outage": []}
     assert [type(event) for event in events] == kinds[outcome]
@@ -941,7 +906,7 @@ def test_whatever_a_mailer_returns_or_raises_is_one_of_four_outcomes(queue, even
     {"ann@x.org": ("what", "ok")}, {"bob@x.org": object(), "ann@x.org": Reply(250, "2.0.0 Ok")}], ids=brief)
 def test_a_mailer_that_returns_what_nobody_understands_has_sent_and_once(queue, events, caplog, answer):
     queue.add("app@x.org", ["ann@x.org", "bob@x.org"], MESSAGE)
-    processor = QueueProcessorThread(queue, Does(answer))
+    processor = QueueProcessorThread(queue, giving(answer))
     assert [processor.process().sent for _ in range(2)] == [1, 0] and state(queue) == {}
     assert [(type(event), event.toaddrs) for event in events] == [(MailSentEvent, ("ann@x.org", "bob@x.org"))]
     assert [record.levelname for record in caplog.records if record.levelno >= logging.WARNING] == ["ERROR"]
@@ -957,10 +922,10 @@ def test_guarantee_1_every_recipient_has_its_own_fate_and_stands_in_a_file_until
     if kind == "queued":
         queue.add("app@x.org", recipients, MESSAGE)
         assert standing_recipients(queue) == {"new": recipients}
-        counts = one_pass(queue, Does(does))
+        counts = one_pass(queue, giving(does))
         assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
     else:
-        make_delivery(kind, queue, Does(does)).send("app@x.org", recipients, MESSAGE)
+        make_delivery(kind, queue, giving(does)).send("app@x.org", recipients, MESSAGE)
         transaction.commit()
     later = MailErrorEvent if kind == "direct" else MailDeferredEvent
     assert {(type(event), event.toaddrs) for event in events} == {
@@ -1004,23 +969,24 @@ def test_state_deferred_lasts_until_the_time_that_a_name_begins_with_where_that_
     assert (counts.sent, counts.left) == (sent, 1 - sent)
 
 
-def test_state_deferred_adds_a_time_to_the_name_and_a_claim_takes_it_off(queue, events):
+def test_state_deferred_adds_a_time_to_any_name_and_a_claim_takes_it_off(queue, events, caplog):
     now, claimed = int(time.time()), []
 
     def refuse(recipients):
         claimed.extend(state(queue)["cur"])
         return dict.fromkeys(recipients, Reply(450, "4.2.1 busy"))
 
-    names = [f"{now}.M000001P1Q1.host", f"{NAME},due={now + 60}"]  # the second as version 1.0 left it
+    names = [f"{now}.M000001P1Q1.host", f"{NAME},due={now + 60}",  # as version 1.0 left it
+             "message", "msg.1.example.com", "12a.x", ",due=1", "9" * 40 + ".x"]  # as others name it
     for name in names:
         put(queue, f"new/{name}", message=b"Message-Id: <%s>\n" % name.encode() + MESSAGE)
     processor = QueueProcessorThread(queue, calling(refuse), max_age=10**9)
     for hours in range(3):
         processor._clock = lambda later=now + 3601 * hours: float(later)
-        assert processor.process().deferred == 2
+        assert processor.process().deferred == len(names)
         due = {event.message_id: int(event.retry_at) for event in events}
         assert state(queue) == {"deferred": sorted(f"{due[name]}.{name}" for name in names)}
-    assert sorted(claimed) == sorted(names * 3)
+    assert sorted(claimed) == sorted(names * 3) and caplog.records == []
 
 
 @pytest.mark.parametrize(("how", "limit"), [
@@ -1082,6 +1048,28 @@ def test_every_handler_gets_every_event_in_the_order_of_subscription_until_it_is
         sendmail.unsubscribe(second)
 
 
+def test_an_interrupt_is_no_mistake_of_a_handler():
+    sendmail.subscribe(lambda _event: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        sendmail.notify("one")
+
+
+def test_what_a_handler_forks_may_exit():
+    code = """
+import os, sys, sendmail
+
+@sendmail.subscribe
+def fork(event):
+    if os.fork() == 0:
+        sys.exit(0)
+    os.wait()
+
+sendmail.notify("one")
+print("went on", flush=True)
+"""
+    assert run_python(code) == "went on\n"
+
+
 def provoke(origin, queue, relay):
     """Send a message in such a way that one event follows."""
     if origin == "processor":
@@ -1097,60 +1085,49 @@ def provoke(origin, queue, relay):
                 manager.get()
 
 
-CONDUCTS = {
-    "raises": fail_here,
-    "exits": sys.exit,
-    "aborts": lambda: transaction.abort(),
-    "begins": lambda: transaction.begin(),
-    "commits": lambda: transaction.commit(),
-    "dooms": lambda: transaction.doom(),
-    "joins": lambda: transaction.get().join(OtherManager()),
-    "joins one that fails in its vote": lambda: transaction.get().join(OtherManager("tpc_vote", fail_here)),
-    "joins one that fails in its finish": lambda: transaction.get().join(OtherManager("tpc_finish", fail_here)),
-    "adds a hook that fails": lambda: transaction.get().addAfterCommitHook(lambda _committed: fail_here()),
-    "takes a savepoint": lambda: transaction.savepoint().rollback(),
-    "makes the manager explicit": lambda: setattr(transaction.manager, "explicit", True),
+CONDUCTS = {  # what a handler does, and what befalls the work that it had begun, at first
+    "nothing more": (lambda: None, PHASES),
+    "raises": (fail_here, ["abort"]),
+    "exits": (sys.exit, ["abort"]),
+    "aborts": (lambda: transaction.abort(), ["abort"]),
+    "begins": (lambda: transaction.begin(), ["abort"]),
+    "commits": (lambda: transaction.commit(), PHASES),
+    "dooms": (lambda: transaction.doom(), ["abort"]),
+    "joins one that fails in its vote": (
+        lambda: transaction.get().join(OtherManager("tpc_vote", fail_here)), PHASES[:3]),
+    "joins one that fails in its finish": (
+        lambda: transaction.get().join(OtherManager("tpc_finish", fail_here)), PHASES),
+    "adds a hook that fails": (
+        lambda: transaction.get().addAfterCommitHook(lambda _committed: fail_here()), PHASES),
+    "makes the manager explicit": (lambda: setattr(transaction.manager, "explicit", True), PHASES),
 }
 
 
 @pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
 @pytest.mark.parametrize("conduct", CONDUCTS)
-def test_whatever_a_handler_does_hurts_nobody(conduct, origin, queue, relay):
-    seen = []
-    sendmail.subscribe(lambda event: CONDUCTS[conduct]())
-    sendmail.subscribe(lambda event: seen.append((event, transaction.get(), transaction.get().status)))
+def test_each_handler_has_a_new_transaction_and_whatever_it_does_hurts_nobody_else(conduct, origin, queue, relay):
+    works, seen, (act, phases) = [OtherManager(), OtherManager()], [], CONDUCTS[conduct]
+
+    def handle(event, work, act):
+        seen.append((event, transaction.get(), transaction.get().status))
+        transaction.get().join(work)
+        act()
+
+    sendmail.subscribe(lambda event: handle(event, works[0], act))
+    sendmail.subscribe(lambda event: handle(event, works[1], lambda: None))
+    transaction.manager.explicit = origin == "fallback"  # an explicit default manager is no obstacle
     managers = transaction.manager.manager, transaction.manager.explicit
     provoke(origin, queue, relay)
-    [(event, its_transaction, status)] = seen
-    assert isinstance(event, MailSentEvent) and event.toaddrs == (ANN,)
-    assert status == transaction.begin().status and its_transaction is not transaction.get()
+    assert [(type(event), event.toaddrs) for event, _, _ in seen] == [(MailSentEvent, (ANN,))] * 2
+    assert (works[0].phases[: len(phases)], works[1].phases) == (phases, PHASES)
     assert (transaction.manager.manager, transaction.manager.explicit) == managers
     after = OtherManager()
-    transaction.get().join(after)
+    transaction.begin().join(after)
+    assert len({id(its) for its in (transaction.get(), *(its for _, its, _ in seen))}) == 3
+    assert {status for _, _, status in seen} == {transaction.get().status}
     transaction.commit()
     assert after.phases == PHASES
     assert delivered(queue, relay) == ["cause"]
-
-
-@pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
-def test_each_handler_has_a_new_transaction_that_is_committed_or_aborted_with_its_work(origin, queue, relay):
-    transactions, works = [], [OtherManager() for _ in range(4)]
-
-    def handler(work, then):
-        def handle(_event):
-            transactions.append(transaction.get())
-            transaction.get().join(work)
-            then()
-        return sendmail.subscribe(handle)
-
-    handler(works[0], lambda: None)
-    handler(works[1], fail_here)
-    handler(works[2], transaction.doom)
-    handler(works[3], lambda: None)
-    transaction.manager.explicit = origin == "fallback"  # an explicit default manager is no obstacle
-    provoke(origin, queue, relay)
-    assert [work.phases for work in works] == [PHASES, ["abort"], ["abort"], PHASES]
-    assert len(set(map(id, transactions))) == 4
 
 
 @pytest.mark.parametrize("origin", ["direct", "explicit", "fallback", "processor"])
@@ -1169,7 +1146,8 @@ def test_a_handler_may_send_mail_itself(delivery, origin, queue, relay):
 
 
 @pytest.mark.parametrize("origin", ["fallback", "processor"])
-@pytest.mark.parametrize("reply, place", [("", []), ("450 4.2.1 busy", ["deferred"]), ("550 5.1.1 no", [".failed/new"])])
+@pytest.mark.parametrize("reply, place", [
+    ("", []), ("450 4.2.1 busy", ["deferred"]), ("550 5.1.1 no", [".failed/new"])])
 def test_an_event_follows_the_rename_or_unlink_that_it_tells_of(reply, place, origin, queue, relay):
     places = []
     sendmail.subscribe(lambda event: places.append(list(state(queue))))
@@ -1259,14 +1237,19 @@ def test_a_message_whose_as_bytes_takes_other_arguments_is_queued_all_the_same(h
     assert stored.endswith(b"\nSubject: Hello\nMessage-Id: <m1@example.com>\n\nHello, Ann.\nFrom here to there.\n.\n")
 
 
+ID_LINE = r"Message-Id: <[^<>@\s]+@[^<>@\s]+>\r?\n"
+DATE_LINE = r"Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\r?\n"
+
+
 @pytest.mark.parametrize(("given", "stored"), [
-    ("Subject: x\n\nHi\n", r"Message-Id: <\S+>\nDate: [^\n]+\nSubject: x\n\nHi\n"),
-    ("Subject: x\r\n\r\nHi\n", r"Message-Id: <\S+>\r?\nDate: [^\r\n]+\r?\nSubject: x\r\n\r\nHi\n"),
-    ("Hi there\n", r"Message-Id: <\S+>\nDate: [^\n]+\n\nHi there\n"),
-    ("\nDate: in the body\n", r"Message-Id: <\S+>\nDate: [^\n]+\n\nDate: in the body\n"),
-    ("", r"Message-Id: <\S+>\nDate: [^\n]+\n\n"),
-    ("date: then\nSubject: x\n\n", r"Message-Id: <\S+>\ndate: then\nSubject: x\n\n"),
-    ("Subject: x\nMESSAGE-ID:\n <a@b>\n\n", r"Date: [^\n]+\nSubject: x\nMESSAGE-ID:\n <a@b>\n\n"),
+    ("Subject: x\n\nHi\n", f"{ID_LINE}{DATE_LINE}Subject: x\n\nHi\n"),
+    ("Subject: x\r\n\r\nHi\n", f"{ID_LINE}{DATE_LINE}Subject: x\r\n\r\nHi\n"),
+    ("Hi there\n", f"{ID_LINE}{DATE_LINE}\nHi there\n"),
+    ("no header: at all\n", f"{ID_LINE}{DATE_LINE}\nno header: at all\n"),  # for the space (RFC 5322, 2.2)
+    ("\nDate: in the body\n", f"{ID_LINE}{DATE_LINE}\nDate: in the body\n"),
+    ("", f"{ID_LINE}{DATE_LINE}\n"),
+    ("date: then\nSubject: x\n\n", f"{ID_LINE}date: then\nSubject: x\n\n"),
+    ("Subject: x\nMESSAGE-ID:\n <a@b>\n\n", f"{DATE_LINE}Subject: x\nMESSAGE-ID:\n <a@b>\n\n"),
 ])
 def test_message_id_and_date_are_added_where_they_are_missing(queue: Maildir, given: str, stored: str) -> None:
     message_id = queue.add("app@x.org", "ann@x.org", given)
@@ -1275,17 +1258,14 @@ def test_message_id_and_date_are_added_where_they_are_missing(queue: Maildir, gi
     assert f"<{message_id}>" in message
 
 
-class Address(str, enum.Enum):
-    ANN = "ann@x.org"
-
-
 @pytest.mark.parametrize(("given", "address"), [
     *((given, ANN) for given in (
         "ann@example.com", "Ann <ann@example.com>", "<ann@example.com>", "ann@example.com (Ann, B)",
         "Änn <ann@example.com>", '"Doe, Ann <x@y>" <ann@example.com>', "=?utf-8?q?=C3=84=2C?= <ann@example.com>")),
     ("Ann <änn@bücher.example>", "änn@bücher.example"), ('Ann <"a b,<c>"@example.com>', '"a b,<c>"@example.com'),
     *((address, address) for address in (
-        '"a b"@x.org', '"a,b"@x.org', r'"a\"<b>"@x.org', "bär@bücher.example", "a@[127.0.0.1]", Address.ANN)),
+        '"a b"@x.org', '"a,b"@x.org', r'"a\"<b>"@x.org', "bär@bücher.example", "a@[127.0.0.1]",
+        enum.Enum("Address", {"ANN": "ann@x.org"}, type=str).ANN)),
 ])
 def test_a_display_name_is_taken_and_the_address_comes_out_of_the_queue_as_it_went_in(hand_over, queue, given, address):
     seen = []
@@ -1296,10 +1276,11 @@ def test_a_display_name_is_taken_and_the_address_comes_out_of_the_queue_as_it_we
 
 @pytest.mark.parametrize("given", [
     "ann", "@x.org", "ann@", "ann@x.org, bob@x.org", "<ann@x.org> <bob@x.org>", "ann@x.org bob@x.org", "a n@x.org",
-    "ann@x@y.org", "friends: ann@x.org, bob@x.org;", "friends:;", "ann\n@x.org", "Ann\n <ann@x.org>", "Ann\r <ann@x.org>",
-    "Ann <ann@x.org>\nBcc: eve@x.org", "ann@x.org\nX-Zope-To: eve@x.org", "ann\0@x.org", "ann\u2028@x.org", '"a\nb"@x.org',
-    '"Ann <ann@x.org>', " ", "", "Ann", "Ann <ann>", "Ann <>", "Ann <ann@x.org> <bob@x.org>", "Ann <ann@x.org>, bob@x.org",
-    "Doe, Ann <ann@x.org>", "Ann <ann@x.org", "Ann <ann b@x.org>", "Ann <@y.org:ann@x.org>",
+    "ann@x@y.org", "friends: ann@x.org, bob@x.org;", "friends:;", "ann\n@x.org", "Ann\n <ann@x.org>",
+    "Ann\r <ann@x.org>", "Ann <ann@x.org>\nBcc: eve@x.org", "ann@x.org\nX-Zope-To: eve@x.org", "ann\0@x.org",
+    "ann\u2028@x.org", '"a\nb"@x.org', '"Ann <ann@x.org>', " ", "", "Ann", "Ann <ann>", "Ann <>",
+    "Ann <ann@x.org> <bob@x.org>", "Ann <ann@x.org>, bob@x.org", "Doe, Ann <ann@x.org>", "Ann <ann@x.org",
+    "Ann <ann b@x.org>", "Ann <@y.org:ann@x.org>",
 ])
 def test_what_is_not_exactly_one_address_is_refused_at_once(hand_over, queue, given):
     for sender, recipients in (SENDER, [given]), (SENDER, [BOB, given]), (given or "no sender", [BOB]):
@@ -1392,10 +1373,14 @@ MANY = [f"recipient{number}@example.com" for number in range(50)]
 def test_queue_of_repoze_sendmail_is_listed_and_drained_to_each_recipient_once(
     run, queue, fromaddr, toaddrs, sender, recipients
 ):
+    repoze = pytest.importorskip("repoze.sendmail.delivery")
+    mime = b'MIME-Version: 1.0\nContent-Type: text/plain; charset="us-ascii"\nContent-Transfer-Encoding: 7bit\n'
+    message = mime + MESSAGE  # or else it would add that
+    repoze.QueuedMailDelivery(queue.path).send(fromaddr, toaddrs, email.message_from_bytes(message))
+    transaction.commit()
+    assert content(queue) == [as_of_repoze(fromaddr, toaddrs, message)]
     relay = Relay(enable_SMTPUTF8=True)
     relay.refusals = {"dora@example.com": "450 4.2.1 try later", "fred@example.com": "550 5.1.1 no Fred here"}
-    file = pathlib.Path(queue.path, "new", "1795937128.7465498.15487.vm.935432685")
-    file.write_bytes(as_of_repoze(fromaddr, toaddrs))
     [listed] = listing(run, queue)
     assert [listed[key] for key in ("sender", "recipients", "subject", "error")] == [sender, recipients, "Hello", ""]
     assert run("--maildir", queue.path, *to_relay(relay))[0] == 0
@@ -1405,7 +1390,7 @@ def test_queue_of_repoze_sendmail_is_listed_and_drained_to_each_recipient_once(
     for arguments in (["--requeue"], to_relay(relay)):
         assert run("--maildir", queue.path, *arguments) == (0, "", "")
     relay.close()
-    assert {(received.sender.strip("<>"), received.content) for received in relay.received} == {(sender, crlf(MESSAGE))}
+    assert {(received.sender.strip("<>"), received.content) for received in relay.received} == {(sender, crlf(message))}
     assert sorted(to for received in relay.received for to in received.recipients) == sorted(recipients)
     assert state(queue) == {}
 
@@ -1414,7 +1399,7 @@ def test_queue_of_repoze_sendmail_is_listed_and_drained_to_each_recipient_once(
 
 LOGIN = {"username": "ann", "password": "secret"}
 LOGIN_WANTED = [f"{code} 5.7.0 log in first" for code in (530, 534, 535, 538)]
-BROKEN = [None, "", "what?", "\xff\xfe\x00", "999 what?", "20 what?", "2" * 9000, "byte by byte", "of 1,001 lines"]
+BROKEN = [None, "", "what?", "\xff\xfe\x00", "999 what?", "20 what?", "2" * 90000, "byte by byte", "of 1,001 lines"]
 MODES = {  # what is offered, and a message for which that makes a difference
     "stepwise": ((), MESSAGE * 1000), "pipelined": (("PIPELINING",), MESSAGE * 1000),
     "one write": (CHUNKING, MESSAGE), "chunks": (CHUNKING, MESSAGE * 1000)}
@@ -1443,7 +1428,7 @@ def bad_recipient(line: str, _connection: Any) -> str:
 @pytest.mark.parametrize(("step", "answer"), [
     *((step, answer) for step in ("greeting", "EHLO", "STARTTLS", "AUTH") for answer in (*BROKEN, "421 4.3.2 closing")),
     ("greeting", "554 5.3.2 no service"), ("EHLO", "502 5.5.1 no"), ("EHLO", "550 5.7.1 who are you?"),
-    ("STARTTLS", "220 go on\nno TLS"),
+    ("EHLO", "250 Ok\n250 and again"), ("STARTTLS", "220 go on\nno TLS"),
     *(("AUTH", answer) for answer in LOGIN_WANTED), ("AUTH", "454 4.7.0 not now"), ("AUTH", "500 what?"),
     ("AUTH", "503 5.5.1 not enabled"), ("AUTH", "504 5.5.4 no such mechanism"),
 ], ids=brief)
@@ -1481,7 +1466,8 @@ def test_what_goes_wrong_from_mail_on_is_a_reply_to_that_message(scripted, monke
         assert all(("may have taken" in reply.text) == doubt for reply in replies.values())
 
 
-def test_a_reply_may_have_a_thousand_lines(scripted):
+def test_a_reply_may_have_a_thousand_lines(scripted, monkeypatch):
+    monkeypatch.delattr(socket, "TCP_QUICKACK", raising=False)  # not every system has it
     answers = {verb: of_lines(1000, USUAL[verb]) for verb in ("greeting", "MAIL", "RCPT", "end")}
     assert smtp_send(scripted(answering(*CHUNKING, **answers)))["b@x.org"].code == 250
 
@@ -1607,6 +1593,51 @@ def test_a_connection_that_was_dropped_and_cannot_be_had_again_is_an_outage(queu
     assert [type(event) for event in events] == [MailSentEvent] and state(queue).keys() == {"new"}
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_kept_connection_that_ended_in_between_is_noticed_before_the_next_message(scripted, reset):
+    def end(_line, connection):
+        connection.say(USUAL["end"])
+        if reset:
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.file.close()
+            connection.sock.close()
+
+    server = scripted(answering(end=end))
+    with server.mailer() as mailer:
+        for _ in range(2):
+            assert mailer.send("a@x.org", ["b@x.org"], MESSAGE)["b@x.org"].code == 250
+            wait_until(lambda: server.connections[-1].sock.fileno() < 0)
+    assert [verbs(connection).count("MAIL") for connection in server.connections] == [1, 1]
+
+
+def test_replies_that_wait_for_the_verdict_have_more_time_than_one_step(scripted):
+    def dialogue(connection):  # as Postfix does with what stands in one segment
+        connection.say("220 scripted ESMTP")
+        connection.line()
+        connection.say("250-scripted\n250-PIPELINING\n250 CHUNKING")
+        envelope = connection.line(), connection.line(), connection.line()
+        connection.file.read(int(envelope[2].split()[1]))
+        threading.Event().wait(0.6)  # a virus scanner
+        connection.say("250 2.1.0 Ok\n250 2.1.5 Ok\n250 2.0.0 Ok: queued")
+
+    assert smtp_send(scripted(dialogue), timeout=0.3)["b@x.org"].code == 250
+
+
+def test_a_dialogue_that_was_interrupted_is_not_continued(scripted):
+    def end(_line, connection):
+        if connection.number == len(connection.messages) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            connection.line()  # there is none, unless the dialogue goes on: with the reply to come
+        return USUAL["end"]
+
+    server = scripted(answering(end=end))
+    with server.mailer() as mailer:
+        with pytest.raises(KeyboardInterrupt):
+            mailer.send("a@x.org", ["b@x.org"], MESSAGE)
+        assert mailer.send("a@x.org", ["b@x.org"], MESSAGE)["b@x.org"].code == 250
+    assert len(server.connections) == 2
+
+
 @pytest.mark.parametrize("answers", [
     {"QUIT": None}, {"QUIT": ""}, {"QUIT": "500 what?"}, {"end": lambda _, c: c.say("250 2.0.0 Ok: queued")}],
     ids=["closed at QUIT", "silent at QUIT", "refused QUIT", "closed after the reply"])
@@ -1641,9 +1672,7 @@ def test_the_final_reply_may_take_ten_minutes_whatever_the_timeout(scripted, mod
     gone = []
 
     def end(_line, connection):
-        poll = select.poll()
-        poll.register(connection.sock, select.POLLIN)
-        gone.append(poll.poll(1000))
+        gone.append(select.select([connection.sock], [], [], 1)[0])
         return USUAL["end"]
 
     assert smtp_send(scripted(in_mode(mode, end=end)), message=MODES[mode][1], timeout=0.4)["b@x.org"].code == 250
@@ -1733,22 +1762,17 @@ REQUIRED = pytest.mark.parametrize("options", [
 
 
 @REQUIRED
-def test_a_good_certificate_is_taken_where_tls_is_required(scripted, authority, options):
-    server = scripted(tls_dialogue(server_tls(authority), "implicit_tls" in options))
-    assert smtp_send(server, context=trusting(authority), **options)["b@x.org"].code == 250
-    assert isinstance(server.connections[0].sock, ssl.SSLSocket)
-    assert ("AUTH" in verbs(server.connections[0])) == ("username" in options)
-
-
-@REQUIRED
-@pytest.mark.parametrize("fault", ["unknown authority", "wrong host name", "expired", "unknown to the system"])
-def test_no_other_certificate_is_taken_where_tls_is_required(scripted, authority, options, fault):
+@pytest.mark.parametrize("fault", ["", "unknown authority", "wrong host name", "expired", "unknown to the system"])
+def test_only_a_good_certificate_is_taken_where_tls_is_required(scripted, authority, options, fault):
     certificate = {"wrong host name": {"identity": "relay.example"}, "expired": LONG_AGO}.get(fault, {})
     trusted = {"unknown authority": trusting(trustme.CA()), "unknown to the system": None}
     server = scripted(tls_dialogue(server_tls(authority, **certificate), "implicit_tls" in options))
-    with pytest.raises(RelayUnavailable, match="(?i)certificate(?s:.*)SSL_CERT_FILE"):
+    refused = pytest.raises(RelayUnavailable, match="(?i)certificate(?s:.*)SSL_CERT_FILE")
+    with refused if fault else contextlib.nullcontext():
         smtp_send(server, context=trusted.get(fault, trusting(authority)), **options)
-    assert not {"AUTH", "MAIL"} & {verb for connection in server.connections for verb in verbs(connection)}
+    said = {verb for connection in server.connections for verb in verbs(connection)} & {"AUTH", "MAIL"}
+    assert said == set() if fault else said == {"MAIL", *["AUTH"] * ("username" in options)}
+    assert fault or isinstance(server.connections[0].sock, ssl.SSLSocket)
 
 
 @pytest.mark.parametrize("certificate", [{}, {"identity": "relay.example"}, LONG_AGO], ids=["good", "host", "expired"])
@@ -1770,47 +1794,27 @@ def test_what_is_offered_under_tls_counts(scripted, authority, before, after, ve
     assert verb in verbs(server.connections[0])
 
 
-@pytest.mark.parametrize("dialogue", [
-    answering("AUTH PLAIN LOGIN CRAM-MD5"),
-    answering("STARTTLS", "AUTH PLAIN LOGIN CRAM-MD5", STARTTLS="454 4.7.0 not now"),
-    answering("STARTTLS", "AUTH PLAIN LOGIN CRAM-MD5", STARTTLS="220 go on\nno TLS"),
-    answering("STARTTLS", "AUTH PLAIN LOGIN CRAM-MD5", STARTTLS="what?"),
+@pytest.mark.parametrize(("dialogue", "otherwise"), [
+    (answering("AUTH PLAIN LOGIN CRAM-MD5"), "it goes on"),
+    (answering("STARTTLS", "AUTH PLAIN LOGIN CRAM-MD5", STARTTLS="454 4.7.0 not now"), "it goes on"),
+    (answering("STARTTLS", "AUTH PLAIN LOGIN CRAM-MD5", STARTTLS="220 go on\nno TLS"), "an outage"),
+    (answering("STARTTLS", "AUTH PLAIN LOGIN CRAM-MD5", STARTTLS="what?"), "an outage"),
 ], ids=["not offered", "refused", "handshake failed", "garbage"])
 @pytest.mark.parametrize("options", [{"force_tls": True}, LOGIN, {"implicit_tls": True}], ids=lambda o: " ".join(o))
-def test_where_tls_is_required_nothing_is_said_without_it(scripted, dialogue, options):
+def test_where_tls_is_required_nothing_is_said_without_it(scripted, dialogue, otherwise, options):
     server = scripted(dialogue)
     with pytest.raises(RelayUnavailable):
         smtp_send(server, **options)
     assert not {"AUTH", "MAIL"} & set(verbs(server.connections[0]))
     assert not any("c2VjcmV0" in line or "secret" in line for line in server.connections[0].lines)
-
-
-@pytest.mark.parametrize("dialogue", [answering(), answering("STARTTLS", STARTTLS="454 4.7.0 not now")])
-def test_opportunistic_tls_does_without_where_it_is_not_to_be_had(scripted, dialogue):
-    server = scripted(dialogue)
-    assert smtp_send(server)["b@x.org"].code == 250
-    assert len(server.connections) == 1
+    if otherwise == "it goes on":
+        assert smtp_send(server)["b@x.org"].code == 250 and len(server.connections) == 2
 
 
 def test_what_comes_in_clear_after_the_reply_to_starttls_is_not_believed(scripted, authority):
     forged = "220 go on\n250-scripted\n250-PIPELINING\n250 SIZE 1"
     server = scripted(tls_dialogue(server_tls(authority), STARTTLS=forged))
     assert smtp_send(server, context=trusting(authority), force_tls=True)["b@x.org"].code == 250
-
-
-ANY_HOST = ssl.create_default_context()
-ANY_HOST.check_hostname = False
-
-
-@pytest.mark.parametrize("options", [
-    {"no_tls": True, "force_tls": True}, {"no_tls": True, "implicit_tls": True}, {"username": "ann"},
-    {"context": ANY_HOST, "force_tls": True},
-    {"context": ANY_HOST, "implicit_tls": True}, {**LOGIN, "context": ANY_HOST},
-], ids=brief)
-def test_settings_that_contradict_each_other_are_refused_at_once(options):
-    with pytest.raises(ValueError):
-        SMTPMailer(**{"hostname": "127.0.0.1", "port": 25, **options})
-    SMTPMailer(context=ANY_HOST)
 
 
 def b64(text: str) -> str:
@@ -1851,21 +1855,14 @@ def auth_dialogue(offered: str, verdict: str = "235 2.7.0 Ok", **answers: Any) -
     ("PLAIN", None, "PLAIN"), ("LOGIN", None, "LOGIN"), ("LOGIN PLAIN", None, "PLAIN"),
     ("LOGIN XOAUTH2 PLAIN CRAM-MD5 DIGEST-MD5", None, "CRAM-MD5"), ("login plain", None, "PLAIN"),
     *(("CRAM-MD5 PLAIN LOGIN XOAUTH2", name, name) for name in MECHANISMS),
+    ("XOAUTH2 DIGEST-MD5", None, None), ("PLAIN LOGIN", "CRAM-MD5", None), ("PLAIN", "XOAUTH2", None), ("", None, None),
 ])
-def test_the_best_or_the_named_mechanism_goes_on_the_wire(scripted, offered, auth, chosen):
+def test_the_best_or_the_named_mechanism_goes_on_the_wire_and_no_other(scripted, offered, auth, chosen):
     server = scripted(auth_dialogue(offered))
-    assert smtp_send(server, no_tls=True, auth=auth, **LOGIN)["b@x.org"].code == 250
-    lines = server.connections[0].lines
-    assert lines[1:lines.index("MAIL FROM:<a@x.org>")] == MECHANISMS[chosen]
-
-
-@pytest.mark.parametrize(("offered", "auth"), [
-    ("XOAUTH2 DIGEST-MD5", None), ("PLAIN LOGIN", "CRAM-MD5"), ("PLAIN", "XOAUTH2"), ("", None)])
-def test_a_mechanism_that_is_not_offered_is_an_outage_and_no_other_is_tried(scripted, offered, auth):
-    server = scripted(auth_dialogue(offered))
-    with pytest.raises(RelayUnavailable):
+    with contextlib.nullcontext() if chosen else pytest.raises(RelayUnavailable):
         smtp_send(server, no_tls=True, auth=auth, **LOGIN)
-    assert verbs(server.connections[0]) == ["EHLO"]
+    said = [line for line in server.connections[0].lines[1:] if line]
+    assert said[: said.index("MAIL FROM:<a@x.org>")] == MECHANISMS[chosen] if chosen else said == []
 
 
 def test_a_refused_token_has_its_explanation_fetched(scripted):
@@ -1876,20 +1873,6 @@ def test_a_refused_token_has_its_explanation_fetched(scripted):
     server = scripted(answering("AUTH XOAUTH2", AUTH=auth))
     with pytest.raises(RelayUnavailable, match="535 5.7.8"):
         smtp_send(server, no_tls=True, auth="XOAUTH2", **LOGIN)
-
-
-def test_a_callable_password_is_asked_at_every_login(scripted):
-    passwords = iter(["one", "two"])
-    server = scripted(auth_dialogue("PLAIN"))
-    mailer = server.mailer(no_tls=True, username="ann", password=lambda: next(passwords))
-    for _ in range(2):
-        with mailer:
-            mailer.send("a@x.org", ["b@x.org"], MESSAGE)
-            mailer.send("a@x.org", ["b@x.org"], MESSAGE)
-    assert [[line for line in c.lines if line.startswith("AUTH")] for c in server.connections] == [
-        [plain("one")], [plain("two")]]
-    with pytest.raises(RelayUnavailable):  # StopIteration: the password can't be had
-        mailer.send("a@x.org", ["b@x.org"], MESSAGE)
 
 
 @pytest.mark.parametrize("auth", MECHANISMS)
@@ -1909,17 +1892,12 @@ def test_no_password_is_told_to_anybody(queue, scripted, events, caplog, auth, p
 
 
 def test_a_mailer_of_somebody_else_is_named_in_the_log_by_its_type_alone(queue, caplog):
-    @dataclasses.dataclass
-    class Service:
-        password: str
-
-        def send(self, fromaddr, toaddrs, message):
-            return {address: Reply({"a": 250, "b": 450, "c": 550}[address[0]], "so") for address in toaddrs}
-
+    mailer = giving({"a@x.org": Reply(250, "so"), "b@x.org": Reply(450, "so"), "c@x.org": Reply(550, "so")})
+    mailer.password = "hunter2-secret"  # its repr tells it
     caplog.set_level(logging.DEBUG)
     queue.add("app@x.org", ["a@x.org", "b@x.org", "c@x.org"], MESSAGE)
-    QueueProcessorThread(queue, Service("hunter2-secret")).process()
-    assert caplog.text.count("relay=Service ") == 3 and "hunter2" not in caplog.text
+    one_pass(queue, mailer)
+    assert caplog.text.count("relay=SimpleNamespace ") == 3 and "hunter2" not in caplog.text
 
 
 # ------------------------------------------------------------------------------ the mailers: addresses, sizes, contents
@@ -1963,55 +1941,33 @@ def test_non_ascii_addresses_are_encoded_or_need_smtputf8(scripted, address, pla
             assert (replies[address].code // 100, replies[address].status, lines[3]) == (5, "5.6.7", "DATA")
         else:
             assert (replies[address].code, lines[3]) == (250, f"RCPT TO:<{wire}>")
+        by_it = server.mailer().send(address, ["b@x.org", "c@x.org"], MESSAGE)
+        assert [reply.status for reply in by_it.values()] == ["2.0.0" if wire else "5.6.7"] * 2
+        assert ("MAIL" in verbs(server.connections[1])) == bool(wire)
 
 
-def test_a_sender_that_needs_smtputf8_where_it_is_not_offered_fails_for_all(scripted):
-    server = scripted(answering())
-    replies = server.mailer().send("är@x.org", ["b@x.org", "c@x.org"], MESSAGE)
-    assert [reply.status for reply in replies.values()] == ["5.6.7"] * 2
-    assert "MAIL" not in verbs(server.connections[0])
-
-
-@pytest.mark.parametrize("message", [b"", b"a", b"a\n", b"a\r", b"a\r\nb\rc\nd\n\re", b"\n" * 40000, b"." * 40000, b".\n" * 7])
+@pytest.mark.parametrize("message", [
+    b"", b"a", b"a\n", b"a\r", b"a\r\nb\rc\nd\n\re", b"\n" * 40000, b"." * 40000, b".\n" * 7])
 def test_size_is_that_of_the_message_with_all_line_ends_crlf(scripted, message):
     size = len(crlf(message))
-    for limit, code in ((size - 1, 552), (size, 250), (size + 1, 250)):
+    for limit in (size - 1, size, size + 1, 0, "what", ""):
         server = scripted(answering(f"SIZE {limit}"))
-        replies = smtp_send(server, message=message)
-        if limit < 1 or code == 250:  # SIZE 0 is no limit
-            assert replies["b@x.org"].code == 250
-            assert f"MAIL FROM:<a@x.org> SIZE={size}" in server.connections[0].lines
-        else:
-            assert (replies["b@x.org"].code, replies["b@x.org"].status) == (552, "5.3.4")
+        reply = smtp_send(server, message=message)["b@x.org"]
+        if limit == size - 1 > 0:  # SIZE 0 is no limit
+            assert (reply.code, reply.status) == (552, "5.3.4")
             assert "MAIL" not in verbs(server.connections[0])
-
-
-@pytest.mark.parametrize("extension", ["SIZE", "SIZE 0", "SIZE what"])
-def test_a_size_without_a_figure_is_no_limit(scripted, extension):
-    assert smtp_send(scripted(answering(extension)))["b@x.org"].code == 250
+        else:
+            assert reply.code == 250
+            assert f"MAIL FROM:<a@x.org> SIZE={size}" in server.connections[0].lines
 
 
 @pytest.mark.parametrize(("extension", "message", "parameter"), [
     ("8BITMIME", b"\xc3\xa4", " BODY=8BITMIME"), ("8BITMIME", b"a", ""), ("X", b"\xc3\xa4", "")])
-def test_eight_bit_text_is_declared_where_it_can_be_and_goes_as_it_is_where_not(scripted, extension, message, parameter):
+def test_eight_bit_text_is_declared_where_it_can_be_and_goes_as_it_is(scripted, extension, message, parameter):
     server = scripted(answering(extension))
     assert smtp_send(server, message=message)["b@x.org"].code == 250
     assert server.connections[0].lines[1] == f"MAIL FROM:<a@x.org>{parameter}"
     assert server.connections[0].messages == [message + b"\r\n"]
-
-
-SMUGGLERS = [
-    before + dot + after + b"MAIL FROM:<evil@x.org>\r\nRCPT TO:<victim@x.org>\r\nDATA\r\nSubject: smuggled\r\n\r\n.\r\n"
-    for before in (b"", b"\n", b"\r", b"\r\n", b"\r\r\n") for dot in (b".", b"..", b".\0")
-    for after in (b"\n", b"\r", b"\r\n", b"\n\r")]
-
-
-def test_a_message_cannot_smuggle_a_command(relay):
-    with relay.mailer() as mailer:
-        for smuggler in SMUGGLERS:
-            mailer.send("a@x.org", ["b@x.org"], MESSAGE + smuggler)
-    assert [received.content for received in relay.received] == [crlf(MESSAGE + smuggler) for smuggler in SMUGGLERS]
-    assert {received.sender for received in relay.received} == {"a@x.org"}
 
 
 @pytest.mark.parametrize("offered", [(), CHUNKING], ids=["DATA", "BDAT"])
@@ -2068,14 +2024,6 @@ def test_for_any_bytes_and_any_envelope_what_the_relay_stores_is_what_was_given_
 
 
 # ------------------------------------------------------------------------------------------- the mailers: what it costs
-
-
-def run_python(script: str, *arguments: Any, under: Any = ()) -> str:
-    """Run *script* in a process of its own; return what it printed."""
-    ran = subprocess.run([*under, *python_command(script, *arguments)], capture_output=True, text=True, timeout=120,
-                         check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
 
 
 SEND_TWICE = """
@@ -2157,13 +2105,8 @@ def test_each_thread_has_a_connection_of_its_own(scripted):
                 met.wait(10)
                 assert mailer.send(sender, ["b@x.org"], b"%d" % number)["b@x.org"].code == 250
 
-    with mailer:
-        threads = [threading.Thread(target=work, args=(f"{i}@x.org",)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-        assert not any(thread.is_alive() for thread in threads)
+    with mailer, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, ["1@x.org", "2@x.org", "3@x.org"]))
         assert mailer.send("m@x.org", ["b@x.org"], b"m")["b@x.org"].code == 250
     senders = [{line for line in c.lines if line.startswith("MAIL")} for c in server.connections]
     assert sorted(map(len, senders)) == [1] * 4
@@ -2172,9 +2115,7 @@ def test_each_thread_has_a_connection_of_its_own(scripted):
 
 def forked(work: Callable[[], Any]) -> None:
     """Do *work* in a forked child."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a fork in a process with threads, since Python 3.12
-        pid = os.fork()
+    pid = os.fork()
     if pid == 0:
         try:
             work()
@@ -2194,7 +2135,7 @@ def test_a_fork_has_no_part_in_its_parents_dialogue(scripted):
     assert [connection.messages for connection in server.connections] == [[b"1\r\n", b"3\r\n"], [b"2\r\n"]]
 
 
-# ------------------------------------------------------------------------------------------------- the mailers: Postfix
+# ------------------------------------------------------------------------------------------- the mailers: Postfix, Exim
 
 MAIN_CF = """
 compatibility_level = 3.6
@@ -2213,8 +2154,8 @@ relayhost = [127.0.0.1]:{beyond}
 disable_dns_lookups = yes
 smtpd_peername_lookup = no
 smtpd_error_sleep_time = 0
-smtpd_recipient_limit = 100
-message_size_limit = 200000
+message_size_limit = 10000000
+header_checks = regexp:{root}/etc/header_checks
 smtpd_forbid_bare_newline = reject
 smtpd_forbid_bare_newline_exclusions =
 smtpd_relay_restrictions = permit_mynetworks, reject
@@ -2233,8 +2174,6 @@ rewrite unix - - n - - trivial-rewrite
 bounce unix - - n - 0 bounce
 defer unix - - n - 0 bounce
 smtp unix - - n - - smtp
-relay unix - - n - - smtp
-retry unix - - n - - error
 anvil unix - - n - 1 anvil
 proxymap unix - - n - - proxymap
 tlsmgr unix - - n 1000? 1 tlsmgr
@@ -2243,7 +2182,6 @@ postlog unix-dgram n - n - 1 postlogd
 127.0.0.1:{encrypted} inet n - n - - smtpd -o smtpd_tls_security_level=encrypt
 127.0.0.1:{implicit} inet n - n - - smtpd -o smtpd_tls_wrappermode=yes
 127.0.0.1:{classic} inet n - n - - smtpd -o smtpd_discard_ehlo_keywords=chunking,silent-discard
-127.0.0.1:{strict} inet n - n - - smtpd -o smtpd_hard_error_limit=3
 """
 
 
@@ -2257,7 +2195,6 @@ class Postfix:
     encrypted: int
     implicit: int
     classic: int
-    strict: int
 
     host = "127.0.0.1"
 
@@ -2278,12 +2215,13 @@ def postfix(authority: trustme.CA) -> Iterator[Postfix]:
         root.chmod(0o755)  # Postfix gives up root's rights
         beyond = Relay(enable_SMTPUTF8=True)
         stack.callback(beyond.close)
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
         this = Postfix(beyond, root, *[s.getsockname()[1] for s in sockets])
         for directory in ("etc", "etc/sasl", "spool", "data"):
             (root / directory).mkdir()
         shutil.chown(root / "data", "postfix")
-        (root / "etc/access").write_text("busy@x.org 450 4.2.1 busy\ngone@x.org 550 5.1.1 gone\n")
+        (root / "etc/access").write_text("gone@ 550 5.1.1 gone\n")
+        (root / "etc/header_checks").write_text("/^X-Reject:/ REJECT\n")
         (root / "etc/main.cf").write_text(MAIN_CF.format(root=root, beyond=beyond.port))
         (root / "etc/master.cf").write_text(MASTER_CF.format(**vars(this)))
         (root / "etc/sasl/smtpd.conf").write_text(
@@ -2300,11 +2238,8 @@ def postfix(authority: trustme.CA) -> Iterator[Postfix]:
         master = subprocess.Popen([f"{daemons}/master", "-c", root / "etc"], start_new_session=True)
         stack.callback(master.wait, 20)
         stack.callback(master.terminate)  # and it ends its own
-        wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", this.strict)))
+        wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", this.classic)))
         yield this
-
-
-each_port = pytest.mark.parametrize("port", ["port", "classic"], ids=["BDAT", "DATA"])
 
 
 @pytest.mark.parametrize("server", ["postfix", "exim"])
@@ -2315,46 +2250,6 @@ def test_a_message_costs_one_round_trip_to_a_real_relay(server, request, tmp_pat
     if server == "postfix":
         arrived = request.getfixturevalue(server).arrived(4)
         assert sorted(len(received.recipients) for received in arrived) == [1, 1, 50, 50]
-
-
-@each_port
-def test_postfix_takes_refuses_and_defers_recipient_by_recipient(queue, events, postfix, port):
-    queue.add("a@x.org", ["b@x.org", "busy@x.org", "gone@x.org"], MESSAGE)
-    counts = QueueProcessorThread(queue, SMTPMailer("127.0.0.1", getattr(postfix, port))).process()
-    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 1, 1, 1)
-    sent, *others = sorted(events, key=lambda event: event.toaddrs)
-    assert re.match("250 2.0.0 Ok: .*queued as ", sent.response)
-    assert [(type(event), event.toaddrs, event.delivery_status) for event in others] == [
-        (MailDeferredEvent, ("busy@x.org",), "4.2.1"), (MailErrorEvent, ("gone@x.org",), "5.1.1")]
-    [received] = postfix.arrived(1)
-    assert (received.sender, received.recipients) == ("a@x.org", ["b@x.org"])
-    assert received.content.endswith(crlf(MESSAGE))
-
-
-@pytest.fixture
-def connections(monkeypatch):
-    """The ports that were connected to."""
-    connect, ports = socket.create_connection, []
-
-    def counting(where, *rest, **options):
-        ports.append(where[1])
-        return connect(where, *rest, **options)
-
-    monkeypatch.setattr(socket, "create_connection", counting)
-    return ports
-
-
-@pytest.mark.parametrize("large", [1, 1000])
-def test_after_a_message_that_nobody_got_the_connection_takes_the_next_one(relay, postfix, connections, large):
-    relay.refusals = {"gone@x.org": "550 5.1.1 gone"}
-    ports = [relay.port, postfix.port, postfix.classic]  # stepwise, in chunks, pipelined
-    for port in ports:
-        with SMTPMailer("127.0.0.1", port) as mailer:
-            for _ in range(2):
-                assert mailer.send("a@x.org", ["gone@x.org"], MESSAGE * large)["gone@x.org"].status == "5.1.1"
-                assert mailer.send("a@x.org", ["b@x.org"], MESSAGE * large)["b@x.org"].code == 250
-    assert connections == ports
-    postfix.arrived(4)
 
 
 @pytest.mark.parametrize("auth", [None, "PLAIN", "LOGIN", "CRAM-MD5"])
@@ -2376,45 +2271,6 @@ def test_postfix_refusing_the_password_is_an_outage_and_wanting_tls_a_deferral(q
     assert QueueProcessorThread(queue, SMTPMailer("127.0.0.1", postfix.encrypted, no_tls=True)).process().deferred == 1
     assert [(event.delivery_status, "530 5.7.0" in event.error_message) for event in events] == [("4.7.0", True)]
 
-
-@each_port
-def test_postfix_sees_no_bare_line_end_and_no_smuggled_command(postfix, port):
-    with SMTPMailer("127.0.0.1", getattr(postfix, port)) as mailer:
-        for smuggler in SMUGGLERS:
-            assert mailer.send("a@x.org", ["b@x.org"], MESSAGE + smuggler)["b@x.org"].code == 250
-    assert sorted(received.content[received.content.index(b"Message-Id"):] for received in postfix.arrived(
-        len(SMUGGLERS))) == sorted(crlf(MESSAGE + smuggler) for smuggler in SMUGGLERS)
-
-
-@pytest.mark.parametrize("large", [1, 1500])
-def test_postfix_takes_groups_of_a_hundred(queue, postfix, large):
-    recipients = [f"r{i}@x.org" for i in range(250)]
-    queue.add("a@x.org", recipients, MESSAGE * large)
-    counts = QueueProcessorThread(queue, SMTPMailer("127.0.0.1", postfix.port)).process()
-    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 0, 0, 0)
-    wait_until(lambda: sum(len(received.recipients) for received in postfix.beyond.received) >= 250)
-    arrived = postfix.arrived(len(postfix.beyond.received))
-    assert sorted(address for received in arrived for address in received.recipients) == sorted(recipients)
-
-
-def test_postfix_takes_non_ascii_addresses(postfix):
-    recipients = ["bär@x.org", "b@bücher.example", "b@faß.de"]
-    replies = SMTPMailer("127.0.0.1", postfix.port).send("är@x.org", recipients, "Subject: Grüße\n\näöü\n".encode())
-    assert {reply.code for reply in replies.values()} == {250}
-    [received] = postfix.arrived(1)
-    assert sorted(received.recipients) == ["b@faß.de", "b@xn--bcher-kva.example", "bär@x.org"]
-    assert received.content.endswith("Subject: Grüße\r\n\r\näöü\r\n".encode())
-
-
-def test_postfix_that_closes_after_too_many_errors_hurts_no_message(queue, postfix):
-    for i in range(8):
-        queue.add("a@x.org", ["gone@x.org", *["b@x.org"] * (i == 7)], MESSAGE)
-    counts = QueueProcessorThread(queue, SMTPMailer("127.0.0.1", postfix.strict)).process()
-    assert (counts.sent, counts.deferred, counts.failed, counts.left) == (1, 0, 8, 0)
-    assert postfix.arrived(1)[0].recipients == ["b@x.org"]
-
-
-# ---------------------------------------------------------------------------------------------------- the mailers: Exim
 
 EXIM_CONF = """
 exim_user = mail
@@ -2445,9 +2301,25 @@ def exim_program() -> str:
     return str(found or cached)
 
 
+@dataclasses.dataclass
+class Exim:
+    """A private Exim, which keeps what it takes."""
+
+    port: int
+    spool: pathlib.Path
+
+    def arrived(self, _number: int) -> list[Received]:
+        found = []
+        for head in self.spool.glob("*-H"):  # envelope and header; beside it a file with the body
+            if parts := re.search(r"\nXX\n\d+\n(.*?)\n\n.*Subject: (\d+)\n", head.read_text(), re.DOTALL):
+                body = head.with_name(head.name[:-1] + "D").read_bytes().partition(b"\n")[2]
+                found.append(Received("", parts[1].split(), b"Subject: %s\n\n" % parts[2].encode() + crlf(body)))
+            head.unlink()
+        return found
+
+
 @pytest.fixture(scope="session")
-def exim(authority: trustme.CA) -> Iterator[Any]:
-    """A private Exim, which keeps what it takes in `spool`."""
+def exim(authority: trustme.CA) -> Iterator[Exim]:
     if os.geteuid() != 0:
         pytest.skip("Exim needs to be started by root")
     program, port = exim_program(), closed_port()
@@ -2463,34 +2335,41 @@ def exim(authority: trustme.CA) -> Iterator[Any]:
             wait_until(lambda: daemon.poll() is not None or not socket.socket().connect_ex(("127.0.0.1", port)))
             if daemon.poll() is not None:  # a library is missing, say
                 pytest.skip(f"exim4 does not start: {daemon.stderr.read().decode().strip()}")
-            yield types.SimpleNamespace(port=port, spool=root / "spool/input")
+            yield Exim(port, root / "spool/input")
         finally:
             daemon.terminate()
             daemon.communicate(timeout=20)
 
 
-@pytest.mark.parametrize("tls", [False, True])
-def test_exim_takes_mixed_messages_over_one_connection(exim, authority, connections, tls):
+SMUGGLERS = [
+    before + dot + after + b"MAIL FROM:<evil@x.org>\r\nRCPT TO:<victim@x.org>\r\nDATA\r\nSubject: smuggled\r\n\r\n.\r\n"
+    for before in (b"", b"\n", b"\r", b"\r\n", b"\r\r\n") for dot in (b".", b"..", b".\0")
+    for after in (b"\n", b"\r", b"\r\n", b"\n\r")]
+
+
+@pytest.mark.parametrize(("name", "port", "tls"), [
+    ("postfix", "port", True), ("postfix", "classic", True), ("exim", "port", True), ("exim", "port", False)])
+def test_a_real_relay_takes_mixed_messages_over_one_connection(name, port, tls, request, authority, monkeypatch):
+    server, connect, opened = request.getfixturevalue(name), socket.create_connection, []
     short, long = ".\n..\r\n.\r\n\r.\rQUIT\nf\xfcr\n.".encode(), b".\nno end of it\r\n\n" * 200_000
     cases = [  # recipients, a header line, body, codes
-        (["b@x"], "", short, [250]), (["b@x", "gone@x", "c@x"], "", short, [250, 550, 250]),
-        (["gone@x", "gone@y"], "", short, [550, 550]), (["b@x"], "X-Reject: 1\n", short, [550]),
-        (["b@x"], "", b"", [250]), (["b@x", "gone@x"], "", long, [250, 550])] * 3
-    expected, taken = [], []
+        (["b@x.org"], "", short, [250]), (["b@x.org", "gone@x.org", "c@x.org"], "", short, [250, 550, 250]),
+        (["gone@x.org", "gone@y.org"], "", short, [550, 550]), (["b@x.org"], "X-Reject: 1\n", short, [550]),
+        (["b@x.org"], "", b"", [250]), (["b@x.org", "gone@x.org"], "", long, [250, 550])] * 3
+    cases += [(["b@x.org"], "", smuggler, [250]) for smuggler in SMUGGLERS]
+    expected = []
+    monkeypatch.setattr(socket, "create_connection", lambda *at, **how: opened.append(at) or connect(*at, **how))
     context = trusting(authority) if tls else None
-    with SMTPMailer("127.0.0.1", exim.port, no_tls=not tls, force_tls=tls, context=context) as mailer:
+    with SMTPMailer("127.0.0.1", getattr(server, port), no_tls=not tls, force_tls=tls, context=context) as mailer:
         for number, (recipients, header, body, codes) in enumerate(cases, 100):
             replies = mailer.send("a@x.org", recipients, f"Subject: {number}\n{header}\n".encode() + body)
             assert [replies[to].code for to in recipients] == codes
             if accepted := [to for to in recipients if replies[to].code == 250]:
-                expected.append((str(number), accepted, crlf(body)))
-    assert connections == [exim.port]
-    for head in exim.spool.glob("*-H"):  # envelope and header; beside it a file with the body
-        if found := re.search(r"\nXX\n\d+\n(.*?)\n\n.*Subject: (\d+)\n", head.read_text(), re.DOTALL):
-            data = head.with_name(head.name[:-1] + "D").read_bytes().partition(b"\n")[2]
-            taken.append((found[2], found[1].split(), crlf(data)))
-            head.unlink()
-    assert sorted(taken) == expected
+                expected.append((b"%d" % number, accepted, crlf(body)))
+    assert len(opened) == 1
+    arrived = [(re.search(rb"Subject: (\d+)", each.content)[1], each.recipients, re.split(
+        rb"\r?\n\r?\n", each.content, maxsplit=1)[1]) for each in server.arrived(len(expected))]
+    assert sorted(arrived) == expected
 
 
 # ---------------------------------------------------------------------------------------- the Maildir: creation, rights
@@ -2644,11 +2523,14 @@ def test_a_queue_in_a_directory_that_may_not_be_read_can_be_made_and_opened(tmp_
 
 
 def test_state_tmp_is_litter_after_36_hours_for_a_processor_that_lives_long_too(queue, relay, caplog):
-    put(queue, f"tmp/{NAME}")
+    litter = put(queue, f"tmp/{NAME}")
     processor = QueueProcessorThread(queue, relay.mailer())
-    for hours, kept in ((0, 1), (35.9, 1), (37, 0)):
+    for hours, locked, kept in ((0, False, 1), (35.9, False, 1), (37, True, 1), (39, False, 0)):
         processor._clock = lambda hours=hours: time.time() + hours * 3600
-        assert processor.process().left == 0
+        with litter.open("rb") as file:
+            if locked:  # it is somebody's
+                fcntl.flock(file, fcntl.LOCK_EX)
+            assert processor.process().left == 0
         assert list(state(queue)) == ["tmp"] * kept
     assert relay.received == [] and NAME in caplog.text and ANN in caplog.text
 
@@ -2730,26 +2612,6 @@ def test_guarantee_2_what_cannot_be_locked_is_not_sent(bench: Bench) -> None:
     assert len(run.told) == 3 and all(line.startswith("log ERROR") for line in run.told)
 
 
-def test_guarantee_2_a_lock_on_a_file_that_is_no_longer_there_is_no_claim(queue, sink, monkeypatch):
-    queue.add("app@x.org", ["old@x.org"], MESSAGE)
-    (path,) = pathlib.Path(queue.path, "new").iterdir()
-    flock = fcntl.flock
-
-    def late_flock(fd: int, operation: int) -> None:
-        if operation != fcntl.LOCK_UN and path.exists() and b"old@" in path.read_bytes():
-            replacement = path.with_name("replacement")  # as another processor does, between our open and our lock
-            replacement.write_bytes(path.read_bytes().replace(b"old@", b"changed@"))
-            replacement.rename(path)
-        flock(fd, operation)
-
-    monkeypatch.setattr(fcntl, "flock", late_flock)
-    processor = QueueProcessorThread(queue, sink.mailer())
-    processor.process()
-    assert sink.taken == [] and state(queue) == {"new": [path.name]}
-    assert processor.process().sent == 1
-    assert sink.recipients() == ["changed@x.org"]
-
-
 @pytest.mark.parametrize("place", ["new", "cur", "deferred"])
 def test_guarantee_2_what_somebody_else_has_locked_is_left_to_them(place, run, queue, relay):
     path = put(queue, f"{place}/{NAME}")
@@ -2762,119 +2624,101 @@ def test_guarantee_2_what_somebody_else_has_locked_is_left_to_them(place, run, q
     assert processor.process().sent == 1
 
 
-FORKED_AT_ONCE = """
-import os, sys, threading, time, sendmail
-path, number = sys.argv[1], int(sys.argv[2])
-opened, children, opening = [], [], os.open
-
-def fork():
-    reader, writer = os.pipe()
-    if not (child := os.fork()):
-        os.write(writer, b"x")
+def fork_a_sleeper(writer: int) -> None:
+    """Fork a child that writes its number, when it is up, and does nothing else."""
+    if not os.fork():
+        os.write(writer, b"%d" % os.getpid())
         time.sleep(60)
         os._exit(0)
-    os.read(reader, 1)  # it is up
-    children.append(child)
-
-def open_and_fork(target, *rest, **more):
-    fd = opening(target, *rest, **more)
-    opened.append(target)
-    if len(opened) == number:
-        forking.start()
-        forking.join(0.3)  # it ends at once, or waits for what we do now
-    return fd
-
-def send(sender, recipients, message):
-    if len(recipients) == 1:
-        if len(opened) >= number:
-            forking.join(20)
-        print(*children, flush=True)
-        os._exit(0)
-
-forking = threading.Thread(target=fork)
-processor = sendmail.QueueProcessorThread(path, type("Mailer", (), {"send": staticmethod(send)})())
-os.open = open_and_fork
-processor.process()
-"""
 
 
 @pytest.mark.parametrize("place", ["new", "cur"])
 @pytest.mark.parametrize("count", [1, 101])  # it dies when it sends to one: at once, or after the file has changed
 def test_guarantee_3_a_child_forked_at_the_wrong_moment_does_not_keep_a_claim(count, place, tmp_path, relay):
-    everybody = [f"{number}@x.org" for number in range(count)]
+    everybody, opening = [f"{number}@x.org" for number in range(count)], os.open
+
+    def pass_and_die(queue, number, writer):
+        """Make a pass, fork while the file is opened that has this number, and die in the end."""
+        opened, forking = [], threading.Thread(target=fork_a_sleeper, args=[writer])
+
+        def open_and_fork(target, *rest, **more):
+            fd = opening(target, *rest, **more)
+            opened.append(target)
+            if len(opened) == number:
+                forking.start()
+                forking.join(0.3)  # it ends at once, or waits for what we do now
+            return fd
+
+        def send(recipients):
+            if len(recipients) == 1:
+                if len(opened) >= number:
+                    forking.join(20)
+                os._exit(0)
+
+        os.open = open_and_fork
+        one_pass(queue, calling(send))
+
     for number in itertools.count(1):
         queue = Maildir(tmp_path / str(number))
         put(queue, f"{place}/{NAME}", *everybody)
-        command = python_command(FORKED_AT_ONCE, queue.path, number, options=["-W", "ignore"])
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            child = process.stdout.readline().strip()
-            try:
-                assert process.wait(30) == 0
-                assert QueueProcessorThread(queue, relay.mailer()).process().sent == 1, f"fork at open {number}"
-                assert relay.received[-1].recipients == everybody[-1:]
-            finally:
-                if child:
-                    os.kill(int(child), signal.SIGKILL)
+        reader, writer = os.pipe()
+        forked(functools.partial(pass_and_die, queue, number, writer))
+        os.close(writer)
+        child = os.read(reader, 20)
+        os.close(reader)
+        try:
+            assert one_pass(queue, relay).sent == 1, f"fork at open {number}"
+            assert relay.received[-1].recipients == everybody[-1:]
+        finally:
+            if child:
+                os.kill(int(child), signal.SIGKILL)
         if not child:  # there are no more
             break
     assert number > 1
 
 
-LOST_DESCRIPTORS = """
-import os, sys, threading, time, sendmail
-met = threading.Barrier(9)
-reader, writer = os.pipe()
-held = lambda: [fd for fd in os.listdir("/proc/self/fd") if "/cur/" in os.path.realpath(f"/proc/self/fd/{fd}")]
-
-class Mailer:
-    def send(self, fromaddr, toaddrs, message):
-        met.wait(20)
-        time.sleep(60)
-
-for _ in range(8):
-    threading.Thread(target=sendmail.QueueProcessorThread(sys.argv[1], Mailer()).process, daemon=True).start()
-met.wait(20)
-for fd in held()[:4]:
-    os.close(int(fd))  # as a daemon does that closes what it does not know
-child = os.fork()
-if not child:
-    os.write(writer, b"x")
-    time.sleep(60)
-os.read(reader, 1)  # it is up
-print(child, flush=True)
-os._exit(0)
-"""
-
-
 def test_guarantee_3_a_lost_descriptor_keeps_no_other_open_in_a_child(queue, relay):
+    reader, writer = os.pipe()
+
+    def claim_all_and_die(_recipients):
+        if os.listdir(f"{queue.path}/new"):
+            one_pass(queue, calling(claim_all_and_die))
+        held = [fd for fd in os.listdir("/proc/self/fd") if "/cur/" in os.path.realpath(f"/proc/self/fd/{fd}")]
+        for fd in held[:4]:
+            os.close(int(fd))  # as a daemon does that closes what it does not know
+        fork_a_sleeper(writer)
+        os._exit(0)
+
     for number in range(8):
         queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
-    command = python_command(LOST_DESCRIPTORS, queue.path, options=["-W", "ignore"])
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        child = int(process.stdout.readline())
-        try:
-            process.wait(20)
-            assert QueueProcessorThread(queue, relay.mailer()).process().sent == 8
-        finally:
-            os.kill(child, signal.SIGKILL)
+    forked(lambda: one_pass(queue, calling(claim_all_and_die)))
+    child = int(os.read(reader, 20))
+    try:
+        assert QueueProcessorThread(queue, relay.mailer()).process().sent == 8
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
-def test_what_cannot_be_claimed_stops_nothing_is_said_once_and_looked_at_again_after_a_minute(queue, relay, caplog):
-    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    in_the_way = pathlib.Path(queue.path, "cur", state(queue)["new"][0])
+@pytest.mark.parametrize(("place", "target", "more"), [
+    ("new/", "cur", 2), ("cur/", "new", 2), ("deferred/1700000000.", "cur", 61)])  # which is looked at once a minute
+def test_what_cannot_be_claimed_stops_nothing_is_said_once_and_looked_at_again_after_a_minute(
+    place, target, more, queue, relay, caplog
+):
+    put(queue, place + NAME, "ann@x.org")
+    in_the_way = pathlib.Path(queue.path, target, NAME)
     in_the_way.mkdir()
-    queue.add("app@x.org", ["bob@x.org"], MESSAGE)
     now = time.time() + 30
+    put(queue, f"deferred/{now + 50:010.0f}.{NAME}.later", "carl@x.org")
+    queue.add("app@x.org", ["bob@x.org"], MESSAGE)
     processor = QueueProcessorThread(queue, relay.mailer())
     processor._clock = lambda: now
-    counts = processor.process()
-    assert (counts.sent, counts.left) == (1, 1)
-    in_the_way.rmdir()
-    now += 59
-    assert processor.process().left == 1 and len(caplog.records) == 1
-    now += 2
-    assert processor.process().sent == 1 and state(queue) == {}
-    assert [message.recipients for message in relay.received] == [["bob@x.org"], ["ann@x.org"]]
+    for seconds in (0, 59, more):
+        now += seconds
+        assert processor.process().sent == 1 and len(caplog.records) == 1
+        if seconds == 0:
+            in_the_way.rmdir()
+    assert [message.recipients for message in relay.received] == [["bob@x.org"], ["carl@x.org"], ["ann@x.org"]]
+    assert state(queue) == {}
 
 
 # ----------------------------------------------------------------------------------------------- the Maildir: odd files
@@ -2904,17 +2748,6 @@ def test_odd_files_are_left_alone_and_stop_nothing(queue, relay, caplog, tmp_pat
     assert [message.recipients for message in relay.received] == [["ann@x.org"]]
     assert state(queue) == before and outside.exists()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-
-
-@pytest.mark.parametrize("name", ["message", "msg.1.example.com", "12a.x", ",due=1", "9" * 40 + ".x"])
-def test_a_foreign_file_name_is_no_trouble(queue: Maildir, sink: Sink, events: Any, caplog: Any, name: str) -> None:
-    put(queue, f"new/{name}", "ann@x.org", "deferred@x.org")
-    counts = one_pass(queue, sink)
-    assert (counts.sent, counts.deferred, counts.left) == (1, 1, 1)
-    assert [type(event) for event in events] == [MailSentEvent, MailDeferredEvent]
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-    assert re.fullmatch(rf"\d{{10}}\.{re.escape(name)}", state(queue)["deferred"][0])
-    assert standing_recipients(queue) == {"deferred": ["deferred@x.org"]}
 
 
 def test_no_file_is_opened_in_a_way_that_follows_a_link(bench: Bench) -> None:
@@ -2958,6 +2791,7 @@ def test_a_trigger_that_is_no_fifo_or_a_link_to_one_is_ignored(make, queue, rela
         os.mkfifo(theirs)
         trigger.symlink_to(theirs)
         fd = os.open(theirs, os.O_RDWR | os.O_NONBLOCK)
+        os.write(fd, b"theirs")
     else:
         getattr(trigger, make)()
     with running(QueueProcessorThread(queue, relay.mailer(), 3600)) as passes:
@@ -2966,154 +2800,9 @@ def test_a_trigger_that_is_no_fifo_or_a_link_to_one_is_ignored(make, queue, rela
     assert len(passes) == 1  # it neither woke nor span
     assert one_pass(queue, relay).sent == 1
     if make == "mkfifo":
-        with pytest.raises(BlockingIOError):
-            os.read(fd, 1)
+        assert os.read(fd, 10) == b"theirs"
         os.close(fd)
     assert make != "touch" or trigger.read_bytes() == b""
-
-
-# -------------------------------------------------------------------------------------------- crashes and faults: kills
-
-
-def assert_nothing_lost(root: pathlib.Path, sink: Sink, later: float = 0.0) -> None:
-    """Make one pass, at once; then each recipient of `mixed_queue` has what it should have."""
-    wait_until(lambda: not sink.busy)
-    for directory in ("new", "cur", "deferred", ".failed/new"):
-        standing(root, directory)
-    assert one_pass(root, sink, time.time() + later).outage is None
-    assert set(sink.recipients()) == {"plain@x.org", "dead@x.org", "sent@x.org"}
-    assert {text for _, _, text in sink.taken} == {crlf(MESSAGE)}
-    assert standing(root, "deferred") == ["deferred@x.org"]
-    assert set(standing(root, ".failed/new")) == {"refused@x.org"}
-    assert standing(root, "new") == standing(root, "cur") == []
-
-
-def kill_points(run: Run) -> list[tuple[str, int]]:
-    return [(call, n + 1) for call, count in run.count().items() if call not in QUIET for n in range(count)]
-
-
-def killed_at(call: str, n: int) -> tuple[str, ...]:
-    return "-e", f"trace={call},getppid", "-e", f"inject={call}:signal=SIGKILL:when={n}"
-
-
-def assert_kills(what: str, points: list[Any], results: list[tuple[int, list[str]]]) -> None:
-    """Nearly all points were reached; some, not all, lie in the window for a duplicate."""
-    kills = sum(status == -signal.SIGKILL for status, _ in results)
-    repeated = sum(bool(duplicates) for _, duplicates in results)
-    print(f"{what}: {kills} kill points, {repeated} of them in the window for a duplicate")
-    assert kills >= 0.9 * len(points) > 90
-    assert 0 < repeated < kills
-
-
-@pytest.mark.sweep
-def test_guarantee_1_no_kill_in_a_pass_loses_a_recipient_and_only_the_window_repeats_one(benches: Benches) -> None:
-    with benches.one() as bench:
-        mixed_queue(bench.directory / "traced")
-        traced = bench.run(PASS, bench.directory / "traced")
-        assert traced.status == 0
-
-    def kill_in_pass(bench: Bench, root: pathlib.Path, call: str, n: int) -> tuple[int, list[str]]:
-        mixed_queue(root)
-        run = bench.run(PASS, root, *killed_at(call, n))
-        assert_nothing_lost(root, bench.sink)
-        assert not bench.sink.duplicates_outside_the_window()
-        assert not sent_events(run) & set(bench.sink.duplicates())
-        return run.status, bench.sink.duplicates()
-
-    points = kill_points(traced)
-    assert_kills("a pass", points, benches.sweep(kill_in_pass, points))
-
-
-@pytest.mark.sweep
-def test_guarantee_4_no_kill_in_a_commit_loses_what_was_committed_or_shows_a_part_of_it(benches: Benches) -> None:
-    with benches.one() as bench:
-        traced = bench.run(ENQUEUE, bench.directory / "traced enqueue", count=3)
-        assert traced.told == ["committed"]
-
-    def kill_in_commit(bench: Bench, root: pathlib.Path, call: str, n: int) -> int:
-        run = bench.run(ENQUEUE, root, *killed_at(call, n), count=3)
-        committed = run.told == ["committed"]
-        Maildir(root)  # completes it, if it was cut short
-        visible = standing(root, "new")
-        assert one_pass(root, bench.sink).left == 0
-        assert bench.sink.recipients() == visible == sorted(set(visible))
-        assert visible == ["plain0@x.org", "plain1@x.org", "plain2@x.org"] or not committed
-        return run.status
-
-    points = kill_points(traced)
-    statuses = benches.sweep(kill_in_commit, points)
-    kills = statuses.count(-signal.SIGKILL)
-    print(f"an enqueue of 3 messages and the creation of the queue: {kills} kill points, no duplicate")
-    assert kills >= 0.9 * len(points) > 20
-
-
-DIRECT = """
-delivery = sendmail.DirectMailDelivery(sendmail.SMTPMailer("127.0.0.1", port, timeout=30), fallback=path)
-for recipients in (["plain@x.org"], ["sent@x.org", "deferred@x.org", "refused@x.org"], ["dead@x.org"]):
-    delivery.send("app@x.org", recipients, message)
-transaction.commit()
-tell("committed")
-"""
-
-
-@pytest.mark.sweep
-def test_no_kill_in_a_direct_delivery_with_a_fallback_loses_what_was_committed(benches: Benches) -> None:
-    with benches.one() as bench:
-        traced = bench.run(DIRECT, bench.directory / "traced direct")
-        assert traced.told[-1] == "committed"
-
-    def kill_in_direct(bench: Bench, root: pathlib.Path, call: str, n: int) -> tuple[int, list[str]]:
-        run = bench.run(DIRECT, root, *killed_at(call, n))
-        Maildir(root)
-        wait_until(lambda: not bench.sink.busy)
-        if "committed" in run.told:
-            assert_nothing_lost(root, bench.sink)
-        else:
-            visible = {address for directory in ("new", "cur", "deferred") for address in standing(root, directory)}
-            committed = visible | set(bench.sink.recipients())
-            assert one_pass(root, bench.sink).outage is None
-            assert committed & {"plain@x.org", "sent@x.org", "dead@x.org"} == set(bench.sink.recipients())
-        assert not bench.sink.duplicates_outside_the_window()
-        return run.status, bench.sink.duplicates()
-
-    points = kill_points(traced)
-    assert_kills("a direct delivery", points, benches.sweep(kill_in_direct, points))
-
-
-@pytest.mark.sweep
-def test_four_processes_with_two_processors_each_killed_at_random_lose_nothing(tmp_path, background, sink):
-    queue = Maildir(tmp_path / "crowded")
-    sink.delay = 0.02
-    everybody = [f"sent{number:04}@x.org" for number in range(2000)]
-    delivery = QueuedMailDelivery(queue)
-    for address in everybody:
-        delivery.send("app@x.org", [address], MESSAGE)
-    transaction.commit()
-
-    def start() -> Any:
-        command = processor_command(queue, sink, "--interval", 0.02, "--workers", 2)
-        return background(*command, stderr=subprocess.PIPE)
-
-    processes = [start() for _ in range(4)]
-    chance = random.Random(5)
-    kills = 0
-    while os.listdir(tmp_path / "crowded" / "new") or os.listdir(tmp_path / "crowded" / "cur"):
-        time.sleep(chance.uniform(0.0, 0.3))
-        victim = chance.randrange(4)
-        if sink.taken:
-            processes[victim].kill()
-            assert processes[victim].communicate(timeout=20)[1] == b""
-            processes[victim] = start()
-            kills += 1
-    for process in processes:
-        process.terminate()
-        process.communicate(timeout=20)
-    wait_until(lambda: not sink.busy)
-    assert set(sink.recipients()) == set(everybody)
-    assert sink.duplicates_outside_the_window() == []
-    assert len(sink.duplicates()) <= kills * 2
-    print(f"4 processes x 2 processors, 2,000 messages: {kills} kills, {len(sink.duplicates())} duplicates, in the window")
-    assert kills > 3 and state(queue).keys() <= {"tmp"}
 
 
 # ------------------------------------------------------------------------------------------- crashes and faults: faults
@@ -3139,6 +2828,18 @@ def fault_at(fault: str, call: str, n: int, lasting: str) -> tuple[str, ...]:
     return "-e", f"trace={call},getppid", "-e", f"inject={call}:error={fault}:when={n}{lasting}"
 
 
+def assert_nothing_lost(root: pathlib.Path, sink: Sink) -> None:
+    """Make one pass, much later; then each recipient of `mixed_queue` has what it should have."""
+    for directory in ("new", "cur", "deferred", ".failed/new"):
+        standing(root, directory)
+    assert one_pass(root, sink, time.time() + 3700).outage is None
+    assert set(sink.recipients()) == {"plain@x.org", "dead@x.org", "sent@x.org"}
+    assert {text for _, text in sink.taken} == {crlf(MESSAGE)}
+    assert standing(root, "deferred") == ["deferred@x.org"]
+    assert set(standing(root, ".failed/new")) == {"refused@x.org"}
+    assert standing(root, "new") == standing(root, "cur") == []
+
+
 @pytest.mark.sweep
 def test_no_fault_in_a_pass_loses_or_stops_anything(benches: Benches) -> None:
     with benches.one() as bench:
@@ -3154,20 +2855,21 @@ def test_no_fault_in_a_pass_loses_or_stops_anything(benches: Benches) -> None:
             assert run.status == 0
             assert run.count()[call] < 3 * usual[call] + 20, "it spins"
             assert not any("<LF>" in line or "TRACEBACK" in line for line in run.told)
-            sent = sent_events(run)
+            sent = {to for line in run.told if line.startswith("MailSentEvent") for to in line.split()[1:]}
             assert lasting or len(sent) >= 2, "it does not go on with the next message"
             assert lasting or sent == set(bench.sink.recipients()), "what was taken is not told"
             given_up = standing(root, ".failed/new") if (root / ".failed/new").is_dir() else []
             assert ("MailErrorEvent refused@x.org" in run.told) == bool(given_up), "what was given up is not told"
             trouble = [line for line in run.told if line.startswith(("log WARN", "log ERR", "log CRIT", "raised"))]
             assert fault == "ENOENT" or len(sent) == 3 or any("failed message-id" not in line for line in trouble)
-            assert_nothing_lost(root, bench.sink, later=3700.0)
+            assert_nothing_lost(root, bench.sink)
             held = [line for line in run.told if line.startswith("log CRITICAL")]
             assert len(held) <= 1 or lasting
-            assert held or not bench.sink.duplicates()
+            repeated = len(bench.sink.taken) > 3
+            assert held or not repeated
         except Exception as error:
             return f"{where}: {type(error).__name__} {str(error).splitlines()[0]} {run.told}"
-        return "repeated" if bench.sink.duplicates() else ""
+        return "repeated" if repeated else ""
 
     results = benches.sweep(fault_in_pass, fault_points(traced))
     failures = [result for result in results if result not in ("", "repeated")]
@@ -3241,12 +2943,9 @@ def test_guarantee_4_a_directory_that_another_process_made_is_durable_before_it_
         assert max(run.find("fsync", f"<{parent}>", reply) for parent in parents) < use
 
 
-@pytest.mark.parametrize("made", [False, True])
-def test_guarantee_5_a_message_given_up_whole_is_durable_in_failed(made: bool, bench: Bench) -> None:
-    root = bench.directory / f"given up {made}"
+def test_guarantee_5_a_message_given_up_whole_is_durable_in_failed(bench: Bench) -> None:
+    root = bench.directory / "given up"
     Maildir(root).add("app@x.org", ["refused@x.org"], MESSAGE)
-    if made:  # by another process, which may have died before it was durable
-        (root / ".failed/new").mkdir(parents=True)
     run = bench.run(PASS, root)
     reply, rename = run.find("recvfrom", "550 5.1.1"), run.find("rename", f'"{root}/.failed/new/')
     written = run.find("write", "X-Sendmail-Error: 5.1.1 550 5.1.1 unknown\\n")
@@ -3408,37 +3107,7 @@ def test_guarantee_6_what_cannot_be_recorded_is_said_once_and_not_sent_again_by_
     forked(live_and_die)
     assert len(state(queue)["cur"]) == 1
     one_pass(queue, relay)  # the next process knows of a shorter list alone, if the disk has it after all
-    assert [tuple(message.recipients) for message in relay.received] == [taken, ("more@x.org",), *[taken] * (not partly)]
-
-
-UNREACHABLE = """
-import logging, os, sys, sendmail
-path = sys.argv[1]
-logging.basicConfig(format="%(levelname)s %(message)s")
-
-class Mailer:
-    def send(self, fromaddr, toaddrs, message):
-        print(*toaddrs, flush=True)
-        os.chmod(path + "/cur", 0)
-        return {address: sendmail.Reply(450 if "bob" in address else 250, "so") for address in toaddrs}
-
-processor = sendmail.QueueProcessorThread(path, Mailer())
-for _ in range(4):
-    try:
-        processor.process()
-    except OSError as error:
-        logging.error("%s", error)
-    os.chmod(path + "/cur", 0o700)
-"""
-
-
-@pytest.mark.parametrize("recipients", [[ANN], [ANN, BOB]])
-def test_guarantee_6_a_directory_that_cannot_be_searched_for_a_moment_does_not_mean_gone(recipients, queue):
-    queue.add(SENDER, recipients, MESSAGE)
-    done = subprocess.run(python_command(UNREACHABLE, queue.path), capture_output=True, text=True, timeout=60,
-                          preexec_fn=without_root_rights, check=True)
-    assert done.stdout.split().count(ANN) == 1
-    assert done.stderr.count("CRITICAL") == (len(recipients) == 1) and "Permission denied" in done.stderr
+    assert [tuple(each.recipients) for each in relay.received] == [taken, ("more@x.org",), *[taken] * (not partly)]
 
 
 # ----------------------------------------------------------------------- crashes and faults: forks, interrupts and bugs
@@ -3452,48 +3121,41 @@ def test_what_a_fork_aborts_is_still_there_for_the_parent_to_commit(queue):
 
 
 def test_a_fork_that_exits_during_a_commit_lets_go_of_nothing_that_its_parent_holds(queue, relay):
-    code = """
-import os, sys, transaction
-from sendmail import *
+    mailer = relay.mailer()
 
-class Mailer(SMTPMailer):
-    def send(self, *message):
+    def send(*arguments):
         if not (child := os.fork()):
             sys.exit()
         os.waitpid(child, 0)
-        return super().send(*message)
+        return mailer.send(*arguments)
 
-with transaction.manager:
-    delivery = DirectMailDelivery(Mailer("127.0.0.1", int(sys.argv[2])), fallback=sys.argv[1])
-    for number in range(3):
-        delivery.send("app@example.com", f"ann{number}@example.com", "Subject: x")
-"""
-    subprocess.run(python_command(code, queue.path, relay.port), timeout=60, check=True)
+    def commit():
+        with transaction.manager:
+            delivery = DirectMailDelivery(types.SimpleNamespace(send=send), fallback=queue)
+            for number in range(3):
+                delivery.send(SENDER, f"ann{number}@example.com", MESSAGE)
+
+    forked(commit)
     assert (len(relay.received), state(queue)) == (3, {})
 
 
 def test_every_fork_hears_its_own_stop(queue):
-    code = """
-import os, signal, sys, threading, time, sendmail
-processor = sendmail.QueueProcessorThread(sys.argv[1], sendmail.StreamMailer(), 3600)
-gates = [os.pipe() for _ in range(8)]
-children = []
-for gate in gates:
-    if not (child := os.fork()):
-        signal.alarm(20)
+    processor, gates = QueueProcessorThread(queue, OK, 3600), [os.pipe() for _ in range(8)]
+
+    def run_and_stop(gate):
         thread = threading.Thread(target=processor.run)  # 3.13.0 starts no Thread that was made before the fork
         thread.start()
-        os.read(gate[0], 1)
+        select.select([gate], [], [], 20)
         processor.stop()
-        thread.join()
-        os._exit(0)
-    children.append(child)
-time.sleep(0.3)
-for child, gate in zip(children, gates):
-    os.write(gate[1], b"x")
-    assert os.waitpid(child, 0)[1] == 0
-"""
-    subprocess.run(python_command(code, queue.path), timeout=30, check=True)
+        thread.join(5)
+        assert not thread.is_alive()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        ends = [pool.submit(forked, functools.partial(run_and_stop, reader)) for reader, _ in gates]
+        time.sleep(0.3)  # all of them wait by then
+        for (_, writer), end in zip(gates, ends):
+            os.write(writer, b"x")
+            end.result()
 
 
 @pytest.mark.parametrize("kind", ["queued", "fallback"])
@@ -3514,6 +3176,60 @@ def test_a_committed_message_that_cannot_be_renamed_is_kept_for_a_year_and_told_
     assert str(stuck) in line
     one_pass(queue, relay, time.time() + 360 * DAY)
     assert stuck.exists() and subjects(relay.received) == ["free"]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_or_exit_in_a_mailer_is_no_reply_and_the_next_pass_takes_the_message(kind, queue, sink, events):
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    with pytest.raises(kind):
+        one_pass(queue, giving(kind()))
+    assert (list(state(queue)), events) == (["cur"], [])
+    assert one_pass(queue, sink).sent == 1
+
+
+def test_an_interrupt_of_a_direct_delivery_tells_what_was_not_sent(queue, events):
+    def interrupted(recipients):
+        if recipients == (BOB,):
+            raise KeyboardInterrupt
+
+    delivery = make_delivery("direct", queue, calling(interrupted))
+    for recipient in (ANN, BOB, ANN):
+        delivery.send(SENDER, recipient, MESSAGE)
+    with pytest.raises(KeyboardInterrupt):
+        transaction.commit()
+    assert [(type(event), event.toaddrs) for event in events] == [
+        (MailSentEvent, (ANN,)), (MailErrorEvent, (BOB,)), (MailErrorEvent, (ANN,))]
+
+
+def test_each_message_is_told_of_where_one_is_stuck_and_the_relay_is_down(queue, events, monkeypatch):
+    delivery = make_delivery("fallback", queue, SMTPMailer("127.0.0.1", closed_port()))
+    for _ in range(2):
+        delivery.send(SENDER, ANN, MESSAGE)
+    rename, stuck = os.rename, state(queue)["tmp"][0]
+
+    def failing(source, target):
+        if source.endswith(f"tmp/{stuck}"):
+            raise OSError(errno.EIO, "broken")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    transaction.commit()
+    assert [type(event) for event in events] == [MailErrorEvent, MailDeferredEvent]
+
+
+def test_an_fsync_of_a_new_directory_that_failed_is_logged_and_not_tried_again(queue, sink, monkeypatch, caplog):
+    fsync, failed = os.fsync, []
+
+    def failing(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/deferred"):
+            failed.append(descriptor)
+            raise OSError(errno.EIO, "broken")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    queue.add("app@x.org", ["deferred@x.org"], MESSAGE)
+    assert one_pass(queue, sink).deferred == 1
+    assert (len(failed), "cannot make" in caplog.text, list(state(queue))) == (1, True, ["deferred"])
 
 
 @pytest.mark.parametrize(("kind", "where"), [("queued", "rename"), ("fallback", "rename"), ("fallback", "send")])
@@ -3831,10 +3547,8 @@ def cut_power(case: tuple[str, list[Step], bool]) -> tuple[str, list[str]]:
 
 def side_by_side(work: Callable[[Any], tuple[str, list[str]]], cases: list[Any]) -> None:
     """Do the work for each case, two at a time, in forked processes; say what was done, and fail if it is wrong."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a fork in a process with threads, since Python 3.12
-        with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-            results = list(pool.map(work, cases))
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        results = list(pool.map(work, cases))
     print(*(summary for summary, _ in results), sep="\n")
     wrong = [complaint for _, complaints in results for complaint in complaints]
     assert not wrong, wrong[0]
@@ -3859,6 +3573,30 @@ def test_guarantee_4_no_power_cut_loses_or_repeats_what_was_committed_or_sends_a
             steps = recorded((top / "q.trace").read_text().splitlines(), top, before)
             cases += [(f"{name}, {'weak' if weak else 'ordered'}", steps, weak) for weak in (False, True)]
     side_by_side(cut_power, cases)
+
+
+@pytest.mark.sweep
+def test_guarantees_1_and_4_no_kill_loses_what_was_committed_or_sends_a_part_of_it(benches: Benches) -> None:
+    """Killed at every system call of every workload, a process repeats at most the message in hand."""
+
+    def run(bench: Bench, top: pathlib.Path, name: str, *point: Any) -> Run:
+        instructions, code = WORKLOADS[name]
+        top.mkdir()
+        before = stage(top, instructions)
+        inject = ["-e", "inject={}:signal=SIGKILL:when={}".format(*point)] if point else []
+        done = bench.run(RECORDED + code, top / "q", *inject)
+        Maildir(top / "q")  # which completes it, if need be
+        stood = [Step(-1, content=content or b"") for content in before.values()]
+        word, *in_hand = done.told[-1].split() if done.told else [""]
+        check_power_cut(top / "q", stood + [Step(0, told=line) for line in done.told], in_hand * (word == "sent"))
+        return done
+
+    names = [name for name in WORKLOADS if name != "a commit of 20"]  # whose threads make their calls in any order
+    points = [(name, call, n + 1) for name, done in zip(names, benches.sweep(run, [(name,) for name in names]))
+              for call, count in done.count().items() if call not in QUIET for n in range(count)]
+    statuses = [done.status for done in benches.sweep(run, points)]
+    print(f"{len(points)} kill points, {statuses.count(-signal.SIGKILL)} kills")
+    assert statuses.count(-signal.SIGKILL) >= 0.9 * len(points)
 
 
 # ------------------------------------------------------------------------------------ crashes and faults: interleavings
@@ -4300,9 +4038,11 @@ def test_nothing_shows_before_all_have_voted_and_the_databases_are_finished(phas
     def look():
         seen.append((one_pass(queue, relay).left, list(state(queue)), relay.received[:]))
 
-    transaction.get().join(OtherManager(phase, look, key))
+    other = OtherManager(phase, look, key)
+    transaction.get().join(other)
     delivery.send(SENDER, ANN, a_message("one"))
     transaction.commit()
+    assert kind != "queued" or other.phases == PHASES  # after a hook, for what there is to tell, an abort would follow
     assert seen == [(0, ["tmp"] * (kind != "direct"), [])]
     assert delivered(queue, relay) == ["one"]
 
@@ -4332,14 +4072,6 @@ def test_what_is_sent_during_a_commit_goes_out_or_is_refused(joined, when, key, 
     assert delivered(queue, relay) == ["one"] * joined + ["late"] * len(accepted)
 
 
-def test_a_hook_is_added_only_if_there_is_something_to_tell(queue):
-    witness = OtherManager()
-    transaction.get().join(witness)
-    QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
-    transaction.commit()
-    assert witness.phases == PHASES  # with a hook, an abort would follow
-
-
 # ----------------------------------------------------------------------------------------- transactions: their managers
 
 
@@ -4363,13 +4095,6 @@ def test_an_explicit_manager_rules_its_deliveries_and_no_other(kind, queue, rela
     with manager:
         delivery.send(SENDER, ANN, a_message("two"))
     assert delivered(queue, relay) == ["one", "two"]
-
-
-def test_an_explicit_default_manager_refuses_too(queue):
-    transaction.manager.explicit = True
-    with pytest.raises(NoTransaction):
-        QueuedMailDelivery(queue).send(SENDER, ANN, MESSAGE)
-    assert state(queue) == {}
 
 
 def test_sixteen_threads_commit_fifty_times_each_through_one_delivery(queue):
@@ -4440,18 +4165,18 @@ def test_a_direct_delivery_with_a_fallback_shows_all_then_claims_one_after_the_o
 
 @pytest.mark.parametrize("count", [1, 20])
 def test_a_commit_at_interpreter_exit_succeeds(count, queue):
-    code = """if True:
-        import atexit, transaction
-        from sendmail import *
-        @atexit.register
-        def commit():
-            delivery = QueuedMailDelivery(sys.argv[1])
-            for _ in range(int(sys.argv[2])):
-                delivery.send("app@example.com", "ann@example.com", "Subject: Bye\\n\\n")
-            transaction.commit()
-    """
-    ran = subprocess.run(python_command(code, queue.path, count), capture_output=True, timeout=30, check=False)
-    assert ran.stderr == b"" and len(state(queue).get("new", [])) == count
+    code = """
+import atexit, transaction
+from sendmail import *
+@atexit.register
+def commit():
+    delivery = QueuedMailDelivery(sys.argv[1])
+    for _ in range(int(sys.argv[2])):
+        delivery.send("app@example.com", "ann@example.com", "Subject: Bye\\n\\n")
+    transaction.commit()
+"""
+    run_python(code, queue.path, count)
+    assert len(state(queue).get("new", [])) == count
 
 
 @pytest.mark.parametrize("kind", ["direct", "fallback"])
@@ -4475,6 +4200,8 @@ def test_a_direct_delivery_asks_for_a_hundred_recipients_at_a_time(kind, queue):
 
 
 OK = StreamMailer(io.StringIO())
+ANY_HOST = ssl.create_default_context()
+ANY_HOST.check_hostname = False
 WRONG = [  # an argument, who takes it, and what it can't be
     ("interval", lambda queue, value: QueueProcessorThread(queue, OK, value), ["3", 0, -1, float("nan"), None]),
     ("batch", lambda queue, value: QueueProcessorThread(queue, OK, batch=value), [0, -1, "10", 1.5]),
@@ -4488,6 +4215,11 @@ WRONG = [  # an argument, who takes it, and what it can't be
         "", ",", "a,,b", "a:", ":25", "a:b", "a:0", "a:65536", "a:²", None]),
     ("port", lambda queue, value: SMTPMailer("a", value), [None, "", "smtp", "-1", "2 5", 0, 65536, 25.5, "²"]),
     ("timeout", lambda queue, value: SMTPMailer(timeout=value), [None, "60", 0, -1, float("nan")]),
+    ("no_tls|password|context", lambda queue, value: SMTPMailer(**value), [  # what contradicts itself
+        {"no_tls": True, "force_tls": True}, {"no_tls": True, "implicit_tls": True}, {"username": "ann"},
+        *({"context": ANY_HOST, **more} for more in ({"force_tls": True}, {"implicit_tls": True}, LOGIN))]),
+    ("no_tls|force_tls|implicit_tls", lambda queue, value: SMTPMailer(**value), [  # "false" would be true
+        {"no_tls": "false"}, {"force_tls": "no"}, {"implicit_tls": ""}]),
     ("auth", lambda queue, value: SMTPMailer(username="app", password="x", auth=value), ["NOSUCH", 3]),
     ("password", lambda queue, value: SMTPMailer(username="app", password=value), [None, 3]),
     ("address", lambda queue, value: queue.add(value, ANN, MESSAGE), [None, 3]),
@@ -4507,8 +4239,8 @@ def test_a_wrong_argument_is_named_at_once(queue, name, make, value):
 
 @pytest.mark.parametrize("kind", ["direct", "fallback"])
 @pytest.mark.parametrize(("error", "place"), [
-    (RelayUnavailable("down"), "new"), (ConnectionRefusedError("no"), "new"), (ConnectionResetError("gone"), "deferred"),
-    (RuntimeError("bug"), "deferred"), (smtplib.SMTPServerDisconnected("gone"), "deferred"),
+    (RelayUnavailable("down"), "new"), (ConnectionRefusedError("no"), "new"), (RuntimeError("bug"), "deferred"),
+    (ConnectionResetError("gone"), "deferred"), (smtplib.SMTPServerDisconnected("gone"), "deferred"),
     (smtplib.SMTPDataError(451, b"4.3.0 later"), "deferred"),
 ], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("where", ["send", "second send", "enter", "exit"])
@@ -4563,18 +4295,14 @@ def test_an_outage_is_one_line_a_pass_and_charged_to_no_message(queue, sink, eve
     assert sink.recipients() == ["0@x.org", "1@x.org", "2@x.org"]
 
 
-class Poll:
-    """In place of `select.poll`: time passes on the *clock* (a list), and nobody waits for it."""
+def polls(now, wait):
+    """In place of `select.poll`: time passes on the clock *now* (a list), and nobody waits for it."""
 
-    def __init__(self, clock, wait):
-        self.clock, self.wait = clock, wait
-
-    def register(self, *_arguments):
-        pass
-
-    def poll(self, milliseconds):
-        self.clock[0] += self.wait(milliseconds / 1000)
+    def poll(milliseconds):
+        now[0] += wait(milliseconds / 1000)
         return []
+
+    return lambda: types.SimpleNamespace(register=lambda *_arguments: None, poll=poll)
 
 
 def test_the_wait_between_two_passes_doubles_while_an_outage_lasts_up_to_a_minute(queue, monkeypatch, caplog):
@@ -4594,7 +4322,7 @@ def test_the_wait_between_two_passes_doubles_while_an_outage_lasts_up_to_a_minut
     queue.add("app@x.org", "ann@x.org", MESSAGE)
     processor = QueueProcessorThread(queue, calling(send), 3)
     processor._clock = lambda: now[0]
-    monkeypatch.setattr(select, "poll", lambda: Poll(now, wait))
+    monkeypatch.setattr(select, "poll", polls(now, wait))
     processor.run()
     assert waits == [3, 3, 6, 12, 24, 48, 60, 60, 3]
     assert len(caplog.messages) == 9 and "back" in caplog.messages[-1]
@@ -4602,15 +4330,16 @@ def test_the_wait_between_two_passes_doubles_while_an_outage_lasts_up_to_a_minut
 
 def test_during_an_outage_nothing_wakes_a_processor(queue: Maildir) -> None:
     queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-    with running(QueueProcessorThread(queue, Does(RelayUnavailable("down")), 3600)) as passes:
+    with running(QueueProcessorThread(queue, giving(RelayUnavailable("down")), 3600)) as passes:
         wait_until(lambda: passes)
         for _ in range(20):
             queue.add("app@x.org", ["ann@x.org"], MESSAGE)
     assert [counts.left for counts in passes] == [1]
 
 
-VERDICTS = {"lost": None, "silent": "", "421": "421 4.3.2 closing", "530": "530 5.7.0 log in", "535": "535 5.7.8 log in",
-            "450": "450 4.2.1 busy", "550": "550 5.1.1 no", "sent": "250 2.0.0 Ok"}
+VERDICTS = {
+    "lost": None, "silent": "", "421": "421 4.3.2 closing", "450": "450 4.2.1 busy", "530": "530 5.7.0 log in",
+    "535": "535 5.7.8 log in", "550": "550 5.1.1 no", "sent": "250 2.0.0 Ok"}
 
 
 def by_sender(_line, connection):
@@ -4680,7 +4409,12 @@ def test_what_is_read_short_is_not_sent_cut_off(queue: Maildir, relay: Relay, mo
 
 def test_a_cleaning_takes_no_lock_that_a_writer_may_want(queue: Maildir, relay: Relay, monkeypatch: Any) -> None:
     flock, locked = fcntl.flock, []
-    monkeypatch.setattr(fcntl, "flock", lambda fd, how: (locked.append(os.readlink(f"/proc/self/fd/{fd}")), flock(fd, how)))
+
+    def lock(fd, how):
+        locked.append(os.readlink(f"/proc/self/fd/{fd}"))
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
     put(queue, "tmp/1.other")
     put(queue, "new/1.message")
     assert one_pass(queue, relay).sent == 1
@@ -4698,17 +4432,6 @@ def test_what_an_outage_interrupts_counts_as_sent_and_left(queue: Maildir) -> No
     assert standing_recipients(queue) == {"new": sorted(f"{number}@x.org" for number in range(100, 150))}
 
 
-def test_a_processor_outlives_a_queue_that_cannot_be_read_for_a_while(queue, relay, caplog):
-    new = pathlib.Path(queue.path, "new")
-    processor = QueueProcessorThread(queue, relay.mailer(), 0.01)
-    away = new.rename(new.with_name("away"))
-    with running(processor):
-        wait_until(lambda: "cannot process" in caplog.text or not processor.is_alive())
-        away.rename(new)
-        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
-        wait_until(lambda: relay.received)
-
-
 # -------------------------------------------------------------------------------------------------- the processor: stop
 
 RUNNING = """
@@ -4722,31 +4445,32 @@ input()
 """
 
 
-def assert_one_of_five(process, queue, sink):
-    """Let the relay reply; then the process ends, and has sent the message in hand and no other."""
-    assert process.poll() is None
-    sink.gate.set()
-    assert process.wait(20) == 0
-    assert sink.recipients() == ["0@x.org"]
-    assert [(directory, len(names)) for directory, names in state(queue).items()] == [("new", 4)]
-
-
 @pytest.fixture
-def five(queue):
+def five(queue, sink):
+    """Five messages, and a relay that does not reply; to be called when it may: then a process ends that sent one."""
+    sink.gate.clear()
     for number in range(5):
         queue.add("app@x.org", [f"{number}@x.org"], MESSAGE)
+
+    def check(process):
+        assert process.poll() is None
+        sink.gate.set()
+        assert process.wait(20) == 0
+        assert sink.recipients() == ["0@x.org"]
+        assert [(directory, len(names)) for directory, names in state(queue).items()] == [("new", 4)]
+
+    return check
 
 
 @pytest.mark.parametrize("how", ["exit", "stop()"])
 def test_stopping_finishes_the_message_in_hand_and_starts_no_other(how, five, queue, sink, background):
-    sink.gate.clear()
     code = RUNNING + "processor.stop(); processor.join()" * (how == "stop()")
     process = background(*python_command(code, queue.path, sink.port), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     wait_until(lambda: sink.taken)
     process.stdin.write(b"\n")
     process.stdin.flush()
     assert process.stdout.readline() == b"stopping\n"
-    assert_one_of_five(process, queue, sink)
+    five(process)
 
 
 def pending(pid: int, signum: int) -> bool:
@@ -4762,12 +4486,11 @@ ONCE_AND_ON = pytest.mark.parametrize("arguments", [[], ["--interval", "0.05"]],
 @SIGNALS
 @ONCE_AND_ON
 def test_a_signal_finishes_the_message_in_hand_and_starts_no_other(arguments, signum, five, queue, sink, background):
-    sink.gate.clear()
     process = background(*processor_command(queue, sink, *arguments), stderr=subprocess.PIPE)
     wait_until(lambda: sink.taken)
     process.send_signal(signum)
     wait_until(lambda: not pending(process.pid, signum))
-    assert_one_of_five(process, queue, sink)
+    five(process)
     assert process.stderr.read() == b""
 
 
@@ -4847,55 +4570,44 @@ def test_fresh_mail_never_waits_for_retries(queue: Maildir) -> None:
     assert order == [f"{name}@x.org" for name in ("fresh1", "fresh2", "retry1", "after-retry1", "retry2", "retry3")]
 
 
-def test_batch_bounds_every_interval_whatever_wakes_a_processor(queue, monkeypatch):
-    now, sent, waits = [1_800_000_000.0], [], itertools.cycle([0.0, 0.1, 1.0, 4.0, 4.5, 0.5, 3.0, 7.0, 9.0, 9.5, 99.0, 2.0])
+@pytest.mark.parametrize(("duration", "wakes", "longest"), [
+    (0.5, [0.0, 0.1, 1.0, 4.0, 4.5, 0.5, 3.0, 7.0, 9.0, 9.5, 99.0, 2.0], 16),
+    (0.01, [99.0], 10.1), (3, [99.0], 13.1), (6, [99.0], 18.1)])
+def test_batch_bounds_every_interval_whatever_wakes_a_processor_and_is_reached(
+    queue, monkeypatch, duration, wakes, longest
+):
+    now, sent, wakes = [1_800_000_000.0], [], itertools.cycle(wakes)
 
     def send(_recipients):
-        now[0] += 0.5
+        now[0] += duration
         sent.append(now[0])
         if len(sent) > 60:
             processor.stop()
 
     def wait(seconds):  # which mail may end before its time
-        for _ in range(2):
+        for _ in range(4):
             queue.add("app@x.org", "ann@x.org", MESSAGE)
-        return min(next(waits), seconds)
+        return min(next(wakes), seconds)
 
     processor = QueueProcessorThread(queue, calling(send), 10.0, batch=3)
     processor._clock = lambda: now[0]
-    monkeypatch.setattr(select, "poll", lambda: Poll(now, wait))
+    monkeypatch.setattr(select, "poll", polls(now, wait))
     processor.run()
     intervals = [later - earlier for earlier, later in zip(sent, sent[3:])]
     assert min(intervals) >= 10
-    assert max(intervals) < 16, "nor are there less"
+    assert max(intervals) < longest, "nor are there less"
 
 
-def test_batch_is_reached_where_enough_is_waiting(queue, monkeypatch):
-    now, sent = [1_800_000_000.0], []
-
-    def send(_recipients):
-        now[0] += 0.01
-        sent.append(now[0])
-        if len(sent) == 12:
-            processor.stop()
-
-    for _ in range(12):
-        queue.add("app@x.org", "ann@x.org", MESSAGE)
-    processor = QueueProcessorThread(queue, calling(send), 10.0, batch=3)
-    processor._clock = lambda: now[0]
-    monkeypatch.setattr(select, "poll", lambda: Poll(now, lambda seconds: seconds))
-    processor.run()
-    assert 30 <= sent[-1] - sent[0] < 31
-
-
-def test_a_queue_that_cannot_be_read_is_looked_at_once_in_an_interval_though_batch_cut_a_pass_short(queue, monkeypatch):
-    now, waits = [1_800_000_000.0], []
+def test_a_queue_that_cannot_be_read_for_a_while_is_looked_at_once_in_an_interval(queue, monkeypatch, caplog):
+    now, waits, away = [1_800_000_000.0], [], f"{queue.path}.away"
 
     def wait(seconds):
         waits.append(seconds)
-        if len(waits) == 1:
-            os.rename(queue.path, f"{queue.path}.away")
+        if len(waits) == 1:  # batch cut a pass short, and more is due
+            os.rename(queue.path, away)
         if len(waits) == 4:
+            os.rename(away, queue.path)
+        if len(waits) == 5:
             processor.stop()
         return seconds
 
@@ -4903,9 +4615,26 @@ def test_a_queue_that_cannot_be_read_is_looked_at_once_in_an_interval_though_bat
         queue.add("app@x.org", "ann@x.org", MESSAGE)
     processor = QueueProcessorThread(queue, calling(lambda _recipients: None), 10.0, batch=1)
     processor._clock = lambda: now[0]
-    monkeypatch.setattr(select, "poll", lambda: Poll(now, wait))
+    monkeypatch.setattr(select, "poll", polls(now, wait))
     processor.run()
-    assert waits == [10, 10, 10, 10]
+    assert waits == [10] * 5 and state(queue) == {}
+    assert [message.startswith("cannot process") for message in caplog.messages] == [True] * 3
+
+
+def test_a_pass_looks_at_what_is_deferred_once_however_long_it_takes(queue):
+    now, tried = [time.time()], []
+
+    def busy(recipients):
+        tried.append(recipients)
+        now[0] += 4000  # by now all others are due again
+        return {recipients[0]: Reply(450, "4.2.1 busy")}
+
+    for _ in range(3):
+        queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    processor = QueueProcessorThread(queue, calling(busy))
+    processor._clock = lambda: now[0]
+    processor.process()
+    assert 3 <= len(tried) <= 6
 
 
 def test_batch_bounds_one_pass_however_long_it_takes(queue: Maildir) -> None:
@@ -4969,7 +4698,8 @@ def test_neither_an_idle_pass_nor_fresh_mail_lists_what_is_deferred(bench: Bench
         (root / "deferred").mkdir()
         now = int(time.time())
         for number in range(20_000):
-            os.mknod(f"{root}/deferred/{now + 1000 + number % 500:010d}.{now}.M{number:06}P1Q1.host", 0o600 | stat.S_IFREG)
+            name = f"{now + 1000 + number % 500:010d}.{now}.M{number:06}P1Q1.host"
+            os.mknod(root / "deferred" / name, 0o600 | stat.S_IFREG)
         run = bench.run(IDLE, root)
     first, last = run.find("newfstatat", "/marker-1"), run.find("newfstatat", "/marker-2")
     idle = [call for call, _ in run.calls[first + 1 : last] if call not in QUIET]
@@ -5131,25 +4861,6 @@ def test_dot_alone_ends_the_message_only_without_i_and_every_other_byte_is_kept(
     assert relay.received[0].content == crlf(head + kept)
 
 
-@pytest.mark.parametrize(("message", "rest"), [
-    (b"Subject: hi\r\n\r\nbody\r\n", b"Subject: hi\r\n\r\nbody\r\n"),
-    (b"no headers: at all\n", b"\nno headers: at all\n"),  # a space is no part of a header's name (RFC 5322, 2.2)
-    (b"just text\nFrom: nobody\n", b"\njust text\nFrom: nobody\n"),
-    (b"\nafter a blank line\n", b"\nafter a blank line\n"), (b"", b""),
-    (b"From ann Tue Nov 24 10:00:00 2026\nSubject: mbox\n\nFrom here\n", b"Subject: mbox\n\nFrom here\n"),
-], ids=["crlf", "one-header", "no-header", "blank", "empty", "mbox"])
-def test_missing_headers_are_added_before_the_rest(run, queue, message, rest):
-    assert run("--maildir", queue.path, ANN, stdin=message) == (0, "", "")
-    stored = queued(queue)[2]
-    assert stored.endswith(rest)
-    added = stored[: len(stored) - len(rest)]
-    assert not rest or added.count(b"\n") == 3
-    parsed = email.message_from_bytes(stored, policy=email.policy.default)
-    assert sorted(set(parsed) - {"Subject"}) == ["Date", "From", "Message-Id"]
-    assert parsed["Date"].datetime
-    assert re.fullmatch(r"<[^<>@\s]+@[^<>@\s]+>", parsed["Message-Id"])
-
-
 @pytest.mark.parametrize(("arguments", "author"), [
     ("-f jörg@example.com", "jörg@example.com"), ("-f '' --domain bücher.example", "MAILER-DAEMON@bücher.example"),
     ("-f jörg@example.com -F 'Jörg <>'", "=?utf-8?b?SsO2cmcgPD4=?= <jörg@example.com>"),
@@ -5158,17 +4869,14 @@ def test_missing_headers_are_added_before_the_rest(run, queue, message, rest):
     ("-f eve@example.com -F 'Eve\nReply-To: eve@evil.org'", None), ("", f"{USER}@{socket.gethostname()}"),
 ])
 def test_a_missing_from_is_added_whoever_it_is(run, queue, arguments, author):
-    assert run("--maildir", queue.path, *shlex.split(arguments), "root", stdin=b"Subject: x\n\n") == (0, "", "")
+    assert run("--maildir", queue.path, *shlex.split(arguments), "root", stdin=b"no header\n") == (0, "", "")
     assert author is None or f"From: {author}\n".encode() in queued(queue)[2]
-    assert sorted(email.message_from_bytes(queued(queue)[2]).keys()) == ["Date", "From", "Message-Id", "Subject"]
+    assert sorted(email.message_from_bytes(queued(queue)[2]).keys()) == ["Date", "From", "Message-Id"]
     assert queued(queue)[1] == [f"root@{'bücher.example' if '--domain' in arguments else socket.gethostname()}"]
 
 
 def test_a_user_without_a_name_sends_by_number(run, queue, monkeypatch):
-    def unknown(uid):
-        raise KeyError(uid)
-
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # which knows nobody
     assert run("--maildir", queue.path, "--domain", "here.org", ANN, stdin=b"Subject: x\n\n") == (0, "", "")
     assert queued(queue)[0] == f"uid{os.getuid()}@here.org"
 
@@ -5200,14 +4908,13 @@ def test_a_hostile_header_or_envelope_costs_a_bounded_time_and_is_refused_in_one
 
 
 def test_a_header_costs_no_multiple_of_its_size(queue):
-    message = f"To: {ANN}\nX-Long: {'x ' * 2_500_000}\nBcc: bob@example.com\n\n".encode()
     code = """
+import sendmail
 assert sendmail.main(["--maildir", sys.argv[1], "-t"]) == 0
 print(open("/proc/self/status").read())
 """
-    command = python_command("import sendmail" + code, queue.path)
-    ran = subprocess.run(command, input=message, capture_output=True, check=True, timeout=60)
-    assert int(re.search(rb"VmHWM:\s+(\d+) kB", ran.stdout)[1]) < 150_000, "of which Python takes 30 MB"
+    told = run_python(code, queue.path, input=f"To: {ANN}\nX-Long: {'x ' * 2_500_000}\nBcc: bob@example.com\n\n")
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", told)[1]) < 150_000, "of which Python takes 30 MB"
     assert queued(queue)[1] == [ANN, BOB] and b"\nBcc" not in queued(queue)[2]
 
 
@@ -5299,13 +5006,13 @@ def test_list_fits_the_terminal_and_is_whole_where_there_is_none(run, queue, spo
 
 
 def test_list_reads_the_head_of_a_message_alone(run, queue):
-    for number, head in enumerate([b"", b"X-Zope-From: app@x.org\nX-Zope-To: ann@example.com\n" + MESSAGE]):
-        with open(f"{queue.path}/new/{number}.M1P1Q1.host", "wb") as file:
+    for place, head in ("new/1", b""), ("cur/2", b"X-Zope-From: app@x.org\nX-Zope-To: ann@example.com\n" + MESSAGE):
+        with open(f"{queue.path}/{place}.M1P1Q1.host", "wb") as file:
             file.write(head)
             file.truncate(1 << 42)  # which fits in no memory
     listed = listing(run, queue)
-    assert [(entry["recipients"], entry["subject"], entry["size"]) for entry in listed] == [
-        ([], "", 1 << 42), ([ANN], "Hello", 1 << 42)]
+    assert [(entry["state"], entry["recipients"], entry["subject"], entry["size"]) for entry in listed] == [
+        ("due", [ANN], "Hello", 1 << 42), ("due", [], "", 1 << 42)]  # the first was abandoned
 
 
 @pytest.mark.parametrize("closed", ["new/1.M1P1Q1.host", ".failed/new", ".failed", "deferred"])
@@ -5382,15 +5089,14 @@ def test_root_becomes_the_owner_of_the_queue_before_it_touches_it(relay, owner):
         queue = Maildir(directory + "/queue")
         for path in (pathlib.Path(queue.path), *pathlib.Path(queue.path).iterdir()):
             os.chown(path, user, group)
-        told = b""
+        told = ""
         use_relay = ["--hostname", f"localhost:{relay.port}", "--workers", "2"]  # all that is imported late, too
         for arguments in ([ANN, "dora@example.com", "fred@example.com"], use_relay, ["--list"], ["--requeue"]):
-            command = python_command(OWNER, "--maildir", queue.path, *arguments)
-            done = subprocess.run(command, input=MESSAGE, capture_output=True, check=True, timeout=60)
-            told += done.stdout if "--hostname" in arguments else b""
+            printed = run_python(OWNER, "--maildir", queue.path, *arguments, input=MESSAGE.decode())
+            told += printed * ("--hostname" in arguments)
             owners = {(path.stat().st_uid, path.stat().st_gid) for path in pathlib.Path(directory).rglob("*")}
             assert owners == {(user, group)}
-        assert told == f"{user} {group} False\n".encode() * 3
+        assert told == f"{user} {group} False\n" * 3
         assert {where: len(names) for where, names in state(queue).items()} == {"new": 2}
 
 
@@ -5426,22 +5132,13 @@ def test_options_reach_the_processor(run, queue, relay):
 
 @pytest.mark.parametrize(("arguments", "chosen"), [
     ("--hostname h,[::1]:27 --port 26 --timeout 7 --implicit-tls --auth PLAIN",
-     {"hostname": "h,[::1]:27", "port": 26, "timeout": 7.0, "implicit_tls": True, "auth": "PLAIN"}),
-    ("--force-tls", {"force_tls": True}), ("--no-tls", {"no_tls": True}), ("--workers 2", {}), ("", {})])
+     {"hostname": "h,[::1]:27", "port": "26", "timeout": "7.0", "implicit_tls": "True", "auth": "PLAIN"}),
+    ("--force-tls", {"force_tls": "True"}), ("--no-tls", {"no_tls": "True"}), ("--workers 2", {}), ("", {})])
 def test_options_reach_the_mailer(run, queue, monkeypatch, arguments, chosen):
-    got = []
-    arguments_of = inspect.signature(SMTPMailer).bind
-
-    def make(*positional, **named):
-        got.append(arguments_of(*positional, **named))
-        return StreamMailer()
-
-    monkeypatch.setattr(sendmail, "SMTPMailer", make)
+    made = []
+    monkeypatch.setattr(sendmail, "SMTPMailer", lambda **settings: made.append(settings) or StreamMailer())
     assert run("--maildir", queue.path, *arguments.split()) == (0, "", "")
-    wanted = arguments_of(**chosen)
-    for bound in (wanted, *got):
-        bound.apply_defaults()
-    assert got and all({**one.arguments, "port": int(one.arguments["port"])} == wanted.arguments for one in got)
+    assert [{name: str(value) for name, value in settings.items() if value} for settings in made] == [chosen]
 
 
 def test_environment_names_the_queue_options_prevail_and_a_queue_that_is_made_is_said(monkeypatch, run, tmp_path):
@@ -5510,17 +5207,6 @@ def test_password_file_is_read_at_every_login(background, scripted, queue, tmp_p
     daemon.terminate()
     assert (daemon.wait(20), sum(len(connection.messages) for connection in server.connections)) == (0, 3)
     assert all(re.match(AT + "sendmail: ", line.decode()) for line in daemon.stderr)
-
-
-def test_what_to_do_about_a_certificate_is_said_and_it_works(queue, scripted, authority, tmp_path):
-    queue.add(SENDER, ANN, MESSAGE)
-    server = scripted(tls_dialogue(server_tls(authority, "localhost"), implicit=True))
-    call = ["--maildir", queue.path, "--hostname", f"localhost:{server.port}", "--implicit-tls"]
-    done = command_line(*call)
-    assert (done.returncode, len(done.stderr.splitlines())) == (75, 1) and b"SSL_CERT_FILE" in done.stderr
-    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
-    done = command_line(*call, env={"SSL_CERT_FILE": str(tmp_path / "authority.pem")})
-    assert (done.returncode, done.stderr, state(queue)) == (0, b"", {})
 
 
 # ------------------------------------------------------------------------------------------ the command line: bad input
@@ -5607,8 +5293,8 @@ def test_unreadable_standard_input_queues_nothing(queue, closed):
 
 
 def test_a_message_too_large_for_the_disk_is_refused_and_leaves_no_litter(queue):
-    done = command_line("--maildir", queue.path, ANN, stdin=MESSAGE + b"x" * 100_000,
-                        preexec_fn=limited((resource.RLIMIT_FSIZE, 1000)))  # fmt: skip
+    done = command_line("--maildir", queue.path, ANN, stdin=MESSAGE + b"x" * 3_000_000,
+                        preexec_fn=limited((resource.RLIMIT_FSIZE, 2_000_000)))  # fmt: skip
     assert (done.returncode, done.stdout) == (74, b"")
     assert re.fullmatch(rf"sendmail: .*{queue.path}.*\n", done.stderr.decode()), "where it is full"
     assert state(queue) == {}
@@ -5693,40 +5379,26 @@ def test_main_makes_a_pass_in_any_thread(queue, relay):
 # ----------------------------------------------------------------- the command line: the file alone, and no transaction
 
 
-@pytest.fixture
-def alone(tmp_path: pathlib.Path) -> Callable[..., Any]:
-    """Run a copy of the module, or code that imports it, isolated, with nothing but the standard library."""
-    (tmp_path / "vendored").mkdir()
-    isolated = ["-I", "-S"]
-    copy = shutil.copy(MODULE, tmp_path / "vendored" / "sendmail.py")
-
-    def call(*arguments: Any, code: str = "", stdin: bytes = b"") -> Any:
-        command = python_command(code, module=copy, options=isolated) if code else [sys.executable, *isolated, copy]
-        command += map(str, arguments)
-        return subprocess.run(command, input=stdin, capture_output=True, timeout=60, cwd="/", env={})
-
-    return call
+def test_the_file_alone_queues_and_prints_with_nothing_but_the_standard_library(queue, tmp_path):
+    command = [sys.executable, "-I", "-S", shutil.copy(MODULE, tmp_path / "vendored.py"), "--maildir", queue.path]
+    for option, stdin, shown in ("-t", b"To: ann@example.com\n" + MESSAGE, b""), ("--print", b"", b"Hello, Ann."):
+        done = subprocess.run([*command, option], input=stdin, capture_output=True, timeout=60, cwd="/", env={})
+        assert (done.returncode, done.stderr) == (0, b"") and shown in done.stdout
+    assert state(queue) == {}
 
 
-def test_file_alone_queues_and_prints(alone, queue):
-    done = alone("--maildir", queue.path, "-t", stdin=b"To: ann@example.com\n" + MESSAGE)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    done = alone("--maildir", queue.path, "--print")
-    assert (done.returncode, done.stderr, state(queue)) == (0, b"", {})
-    assert b"Hello, Ann." in done.stdout
-
-
-def test_without_transaction_only_the_deliveries_are_missing(alone, queue, relay):
-    code = f"""
-import sendmail
-assert "transaction" not in sys.modules
+def test_without_transaction_only_the_deliveries_are_missing(queue, relay):
+    code = """
+sys.modules["transaction"] = None  # not to be had
+import logging, sendmail
+logging.basicConfig(stream=sys.stdout)
 @sendmail.subscribe
 def broken(event): raise RuntimeError("broken handler")
 @sendmail.subscribe
 def working(event): print(type(event).__name__, *event.toaddrs)
-queue = sendmail.Maildir({queue.path!r})
+queue = sendmail.Maildir(sys.argv[1])
 queue.add("app@example.com", "ann@example.com", "Subject: Hello\\n\\nHello.\\n")
-mailer = sendmail.SMTPMailer({relay.host!r}, {relay.port})
+mailer = sendmail.SMTPMailer("127.0.0.1", int(sys.argv[2]))
 sendmail.QueueProcessorThread(queue, mailer).process()
 for make in (lambda: sendmail.QueuedMailDelivery(queue), lambda: sendmail.DirectMailDelivery(mailer)):
     try:
@@ -5734,11 +5406,10 @@ for make in (lambda: sendmail.QueuedMailDelivery(queue), lambda: sendmail.Direct
     except ImportError as error:
         print(error)
 """
-    done = alone(code=code)
-    event, *refusals = done.stdout.decode().splitlines()
-    assert done.returncode == 0 and b"broken handler" in done.stderr
+    *log, event, queued, direct = run_python(code, queue.path, relay.port).splitlines()
+    assert log[-1] == "RuntimeError: broken handler"
     assert event == f"MailSentEvent {ANN}" and len(relay.received) == 1
-    assert len(refusals) == 2 and all("pip install transaction" in refusal for refusal in refusals)
+    assert "pip install transaction" in queued and "pip install transaction" in direct
 
 
 # -------------------------------------------------------------------------------------- the command line: real programs
@@ -5749,17 +5420,6 @@ CRON = (  # what Debian's cron says, and how it calls
     b"Gr\xc3\xbc\xc3\x9fe\n.\nthe end\n"
 )
 BODY = b"Dear Ann,\n.\nFrom here to there.\n"
-
-
-@pytest.fixture
-def mta(tmp_path: pathlib.Path, queue: Maildir) -> pathlib.Path:
-    """A sendmail program in front of `queue`, that keeps a copy of what it is fed."""
-    program = tmp_path / "mta"
-    program.write_text(
-        f'#!/bin/sh\ntee {tmp_path}/fed | {sys.executable} {MODULE} --maildir {queue.path} --domain example.com "$@"\n'
-    )
-    program.chmod(0o755)
-    return program
 
 
 PATCH = b"""From 0123456789012345678901234567890123456789 Mon Sep 17 00:00:00 2001
@@ -5789,12 +5449,16 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_mail_of_a_real_program_reaches_the_relay_to_the_byte(program, tmp_path, mta, queue, relay):
+def test_mail_of_a_real_program_reaches_the_relay_to_the_byte(program, tmp_path, queue, relay):
     command, stdin, sender, recipients = PROGRAMS[program]
     if program != "cron" and not shutil.which(program):
         pytest.skip(f"{program} is not installed")
     if program == "git" and subprocess.run(["perl", "-MMail::Address", "-e1"], capture_output=True).returncode:
         pytest.skip("git send-email needs Mail::Address, which is not installed")
+    mta = tmp_path / "mta"  # keeps a copy of what it is fed
+    mta.write_text(f"#!/bin/sh\ntee {tmp_path}/fed | {sys.executable} {MODULE} --maildir {queue.path} "
+                   '--domain example.com "$@"\n')
+    mta.chmod(0o755)
     (tmp_path / "0001.patch").write_bytes(PATCH)
     (tmp_path / "mailrc").write_text(f"set sendmail={mta}\n")
     environment = {**os.environ, "HOME": str(tmp_path), "GIT_CONFIG_GLOBAL": "/dev/null", "LC_ALL": "C.UTF-8"}
@@ -5850,20 +5514,19 @@ def test_queue_of_zope_sendmail_is_drained(queue):
 def test_queue_of_ours_is_drained_by_zope_sendmail(queue, relay):
     pytest.importorskip("zope.sendmail")
     message = crlf(MESSAGE.replace(b"Hello", b"\xc3\xbc\xff\n.\n..\n"))  # it would send a bare LF as it is
-    queue.add(SENDER, [ANN, '"Doe, J"@example.com', "o'b+x=y@example.com"], message)
+    recipients = [ANN, '"Doe, J"@example.com', "o'b+x=y@example.com"]
     queue.add(SENDER, ["dora@example.com"], message)
     relay.refusals = {"dora@example.com": "450 4.2.1 <dora@example.com> is busy"}
-    QueueProcessorThread(queue, relay.mailer()).process()  # sends the first, and defers the second
-    [first] = relay.received
-    relay.refusals, relay.received[:] = {}, []
-    queue.add(SENDER, first.recipients, message)
+    QueueProcessorThread(queue, relay.mailer()).process()
+    relay.refusals = {}
+    queue.add(SENDER, recipients, message)
     assert command_line("--maildir", queue.path, "--requeue").returncode == 0
 
     zope = [sys.executable, "-m", "zope.sendmail.queue", *to_relay(relay), queue.path]
     subprocess.run(zope, check=True, timeout=60)
 
-    deferred, again = sorted(relay.received, key=lambda received: len(received.recipients))
-    assert (again.recipients, again.content) == (first.recipients, message)
+    deferred, other = sorted(relay.received, key=lambda received: len(received.recipients))
+    assert (other.recipients, other.content) == (recipients, message)
     note, _, rest = crlf(deferred.content).partition(b"\r\n")
     assert (deferred.recipients, rest) == (["dora@example.com"], message)
     assert note.startswith(b"X-Sendmail-Error: 4.2.1 450 4.2.1 ")
@@ -5917,11 +5580,8 @@ def example(words: str) -> str:
 
 
 def ran(directory: pathlib.Path, code: str, *arguments: Any) -> str:
-    """What a script prints that is run in a directory, as its reader would."""
-    command = python_command(code.replace("/srv/app", str(directory)), *arguments)
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
-    return done.stdout
+    """What a script of the README prints, run in a directory."""
+    return run_python(code.replace("/srv/app", str(directory)), *arguments, cwd=directory)
 
 
 def shell(directory: pathlib.Path, commands: str) -> str:
@@ -6065,16 +5725,6 @@ assert len(os.listdir("queue/new")) == 1
     found = list(mailbox.Maildir(tmp_path / "queue", create=False))
     assert [[m["X-Zope-From"], m["X-Zope-To"]] for m in found] == [[SHOP, f"{ANN}, bob@x.org"]] * 2
     assert [[m["From"], m["Bcc"], m["Subject"]] for m in found] == [["Shop <shop@example.com>", None, SUBJECT]] * 2
-
-
-def test_queue_of_repoze_sendmail_is_read(tmp_path, relay):
-    delivery = pytest.importorskip("repoze.sendmail.delivery").QueuedMailDelivery(str(tmp_path / "queue"))
-    delivery.send(SHOP, [ANN, "bob@example.com"], sendmail.email.message_from_bytes(MESSAGE))
-    transaction.commit()
-    QueueProcessorThread(tmp_path / "queue", relay.mailer()).process()
-    [received] = relay.received
-    assert (received.sender, received.recipients) == (SHOP, [ANN, "bob@example.com"])
-    assert b"Hello, Ann." in received.content and b"X-Actually" not in received.content
 
 
 def test_an_application_is_tested_as_the_readme_says(tmp_path):
