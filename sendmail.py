@@ -19,7 +19,8 @@ Words
     envelope    the sender and the recipients, which the relay goes by; in the file, two lines before
                 the message
     relay       the SMTP server that takes our messages
-    reply       what the relay says of one recipient: sent (2xx), failed (5xx), deferred (try later)
+    reply       what the relay says of one recipient: sent (2xx), failed (5xx, but those that are about
+                our login), deferred (all else: try later)
     claim       the right to send, move or unlink a message: an exclusive flock on its file
     pass        one walk of a processor through what is due
 
@@ -50,30 +51,33 @@ Guarantees, for what is queued
     2. Only the holder of the lock on the inode now at that path moves, replaces or unlinks a message
        outside tmp/.
     3. A message in cur/ whose lock is free was abandoned, as by a process that died: the next pass
-       of any processor takes it up.  A living processor, however slow its relay, is never robbed.
+       of any processor takes it up (one that had trouble with it waits a minute).  A living
+       processor, however slow its relay, is never robbed.
     4. commit() returning means durable: the file fsynced before its rename, the directory after it
        (if that last fsync fails, the log says so).
     5. A changed list of recipients replaces the file atomically (but see below), before the message
        is let go of; once the relay has taken it for some, the file without those comes first.
-    6. A process that dies causes a duplicate only of the message in hand, and only if the relay takes
-       it without the unlink (or replacement) that follows its final reply.  No event, no QUIT, no
-       log line of a success stands between the two.
+    6. A processor that dies causes a duplicate only of the message in hand (and of those that it
+       holds), and only if the relay takes it without the unlink (or replacement) that follows its
+       final reply.  No event, no QUIT, no log line of a success stands between the two.
     7. A queue whose creation was cut short is completed, if nothing else stands in it; a directory
        that is no Maildir is refused, untouched.
 
 What can't be guaranteed
-    Unlinks are not fsynced: a power cut may repeat the last few messages.  A crash after the copy in
-    .failed/ may try its recipients again.  A relay that took a message and died before saying so
-    gets it twice.  Where neither unlink nor replacement can be done, the process holds the message
-    as long as it lives; the next one sends it again.  Where the disk is too full for another file,
-    and between the groups of a hundred recipients of a large message, the shorter list is written
-    over the longer one, and a power cut in that moment may splice two addresses.
+    Unlinks are not fsynced: a power cut may repeat the last few messages.  A crash, or a disk error,
+    after the copy in .failed/ may try its recipients again.  A relay that took a message and died
+    before saying so gets it again.  Where neither unlink nor replacement can be done, the process
+    holds the message as long as it lives; the next one sends it again.  Where another file can't be
+    written, as on a full disk, and between the groups of a hundred recipients of a large message,
+    the shorter list is written over the longer one, and a power cut in that moment may splice two
+    addresses.
 
     A process that dies after a database has committed, but before its own turn came, leaves the mail
     in tmp/, as litter.  If a database fails when it should finish, the transaction is in doubt, and
-    its mail is dropped, as at any abort.  If the rename into new/ fails, committed mail stands in
-    tmp/ for a year, and a critical line in the log names the file.  A DirectMailDelivery without a
-    fallback has no queue: what fails, or is not sent yet when the process dies, is lost.
+    its mail is dropped, as at any abort.  If the rename into new/ fails, committed mail stays in
+    tmp/ for a year (or until a power cut), and a critical line in the log names the file.  A
+    DirectMailDelivery without a fallback has no queue: what fails, or is not sent yet when the
+    process dies, is lost.
 """
 
 # SPDX-License-Identifier: MIT
@@ -630,9 +634,11 @@ def _ask(mailer: Mailer, fromaddr: str, toaddrs: Sequence[str], message: bytes) 
         raise
     except _NO_RELAY as error:
         raise RelayUnavailable(_reason(error)) from error
-    except (KeyboardInterrupt, SystemExit):  # of a signal handler
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # a mailer is anybody's code
+        if isinstance(error, SystemExit) and threading.current_thread() is threading.main_thread():
+            raise  # it may be a signal handler's
         return {address: _reply_for(error, address) for address in toaddrs}
     # Who is not mentioned was sent to, as in smtplib.  So was who gets an unintelligible reply: the message was sent,
     # and must not be sent again for that.
@@ -810,7 +816,7 @@ class _Dialogue(smtplib.SMTP):
     ) -> dict[str, Reply]:
         """Do one mail transaction (RFC 5321, 3.3); return a reply for each recipient.
 
-        Raise `_Lost` if the relay has dropped a connection that carried messages before, as it may:
+        Raise `_Lost` if the relay wants no more messages on a connection that carried others before:
         this one should be tried on another.
         """
         replies: dict[str, Reply] = {}
@@ -965,8 +971,6 @@ class _Dialogue(smtplib.SMTP):
             quiet = not self._received
         except OSError:
             pass
-        if not quiet:
-            self.close()
         return quiet
 
     def _write(self, data: bytes) -> None:
@@ -990,7 +994,8 @@ class _Dialogue(smtplib.SMTP):
 
     def _answer(self, final: bool = False, go_ahead: int = 0) -> Reply:
         """Return the next reply.  Raise `_Lost` where there is none, or none that we could go on after."""
-        self._awaits_verdict = self._awaits_verdict or final
+        if final:
+            self._awaits_verdict = True
         if self._broken is not None:
             seconds = _LAST_WORDS_TIMEOUT
         elif final:
@@ -1197,6 +1202,7 @@ class SMTPMailer:
         replies: dict[str, Reply]
         with self:
             if not self._kept.dialogue.is_quiet():  # the relay has dropped it: no message is to blame
+                self._kept.dialogue.close()
                 self._connect()
             try:
                 replies = self._kept.dialogue.transact(fromaddr, toaddrs, message)
@@ -1502,7 +1508,7 @@ class Maildir:
     def add(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Queue a message without a transaction; return its id (without angle brackets).
 
-        On return it is durable, and a waiting processor has been woken.  The arguments are those of
+        On return it is durable (see guarantee 4), and a waiting processor has been woken.  The arguments are those of
         `QueuedMailDelivery.send()`.  Raise `ValueError` or `TypeError` as that does, and `OSError` if
         the message can't be written.
         """
@@ -1550,16 +1556,16 @@ class Maildir:
             finally:
                 os.close(fd)
 
-    def _folder(self, *directories: str) -> str:
-        """Return the last of *directories*, which are one and those in it: made if missing, and durable."""
+    def _folder(self, top: str, *inside: str) -> str:
+        """Return the last of *top* and the directories *inside* it, which are made if missing, and durable."""
+        directories = (top, *inside)
         for directory in directories:
             self._make_directory(directory)
         self._refuse_links(directories)
-        last = directories[-1]
-        if last not in self._durable:
-            self._durable.add(last)
-            self._secure(directories[0], ".")
-        return last
+        if top not in self._durable:
+            self._durable.add(top)
+            self._secure(top, ".")
+        return directories[-1]
 
     def _write(self, fromaddr: str, toaddrs: Iterable[str], message: bytes, error: str = "", sync: bool = False) -> str:
         """Write a complete file in tmp/, envelope first; return its name."""
@@ -1746,7 +1752,7 @@ class _Claim:
         self.message_id = _message_id(headers)
 
     def note(self, toaddrs: Iterable[str], error: str, in_place: bool = False) -> None:
-        """Note in the file that only *toaddrs* are left, durably.  Raise `OSError` if that can't be done."""
+        """Note in the file that only *toaddrs* are left, durably.  Raise `OSError` if these can't be noted."""
         toaddrs = tuple(toaddrs)
         if (toaddrs, error) == (self.toaddrs, self.error):
             return
@@ -1929,15 +1935,12 @@ class _Courier:
     losses: int = 0  # messages in a row that the relay has lost, and answered in no other way
     latest_loss: Reply | None = None
 
-    def deliver(self, directory: str, name: str) -> None:
-        """Claim a message, if nobody has, and send it.
+    def deliver(self, claim: _Claim) -> None:
+        """Send a claimed message, settle it, and end the claim.
 
-        Raise `RelayUnavailable`, or `OSError` if it can't be claimed or settled; what else goes
-        wrong is logged, and the message deferred or, without an envelope, given up.
+        Raise `RelayUnavailable`, or `OSError` if it can't be settled; what else goes wrong is logged,
+        and the message deferred or, without an envelope, given up.
         """
-        claim = self.queue._claim(directory, name)
-        if claim is None:
-            return
         self.counts.claimed += 1
         try:
             with contextlib.closing(claim):
@@ -1968,12 +1971,17 @@ class _Courier:
 
     def _attempt(self, claim: _Claim) -> None:
         """Send to one group of recipients after the other, and settle the message by their replies."""
-        failed: dict[str, Reply] = {}  # these two are forgotten in an outage, but not in the file: they are asked again
-        deferred: dict[str, Reply] = {}
+        failed: dict[str, Reply] = {}
+        deferred: dict[str, Reply] = {}  # in an outage, these two are left unsettled: the file still names them
         answers: list[Reply] = []
         groups = _groups(claim.toaddrs)
         for group in groups:
-            replies = _ask(self.mailer, claim.fromaddr, group, claim.message)
+            try:
+                replies = _ask(self.mailer, claim.fromaddr, group, claim.message)
+            except RelayUnavailable as error:
+                if not any(answer.code in _LOSS_CODES for answer in answers):
+                    raise
+                replies = dict.fromkeys(group, Reply(421, f"4.4.1 {error}"))  # it may be for this message
             answers += replies.values()
             sent, others = _sent_and_others(replies)
             if sent:
@@ -1998,9 +2006,10 @@ class _Courier:
 
     def _count_loss(self, answers: Sequence[Reply]) -> None:
         """Remember whether these *answers* to a message were none of its own."""
-        self.losses += 1
-        self.latest_loss = answers[-1]
-        if any(answer.code not in _LOSS_CODES for answer in answers):
+        if all(answer.code in _LOSS_CODES for answer in answers):
+            self.losses += 1
+            self.latest_loss = answers[-1]
+        else:
             self.losses = 0
 
     def _settle_sent(self, claim: _Claim, sent: Mapping[str, Reply], error: str, in_place: bool) -> None:
@@ -2170,7 +2179,9 @@ class _Spool:
                 while waiting:
                     first = len(events)
                     try:
-                        courier.deliver("new", waiting[0].name)
+                        claim = self.queue._claim("new", waiting[0].name)
+                        if claim is not None:
+                            courier.deliver(claim)
                     except OSError as error:  # a processor will
                         _log.error("%s: %s", waiting[0].name, _reason(error))
                     del waiting[0]
@@ -2343,6 +2354,11 @@ class QueuedMailDelivery(_Delivery):
 # ------------------------------------------------------------------------------------------------ processor
 
 
+def _is_ahead(moment: float, now: float, at_most: float) -> bool:
+    """Return whether *moment* is yet to come.  What is further ahead than *at_most* is not: a clock was set back."""
+    return now < moment <= now + at_most
+
+
 class QueueProcessorThread(threading.Thread):
     """Send what is due in a queue, again and again.
 
@@ -2406,8 +2422,8 @@ class QueueProcessorThread(threading.Thread):
     def start(self) -> None:
         """Start the thread; interpreter exit stops and joins it.
 
-        That may take as long as the message in hand: if its data was sent, up to ten minutes, unless
-        a second Ctrl-C ends it.
+        That may take as long as the message in hand, up to ten minutes for each reply once its data
+        was sent, unless a second Ctrl-C ends it.
         """
         atexit.register(self._stop_and_join)
         super().start()
@@ -2502,56 +2518,68 @@ class QueueProcessorThread(threading.Thread):
             self._look_at_deferred()
         due = bool(fresh or self._retries)
         if due and self._may_go_on(counts, budget):
-            if woken and len(fresh) > 1:
-                queue._wake()  # the next processor
             try:
                 with _connected(self._mailer):  # before any claim
-                    self._work(courier, fresh, budget)
+                    self._work(courier, fresh, budget, woken)
             except RelayUnavailable as error:
                 counts.outage = error
         counts.cut_short = due and counts.claimed >= budget
-        counts.left = in_cur + self._waiting
-        if due or self._left_alone:  # or else new/ is empty, and cur/ as it was
+        if due or self._left_alone:
             counts.left = self._left()
+        else:  # new/ is empty, and cur/ as it was
+            counts.left = in_cur + self._waiting
         if counts.outage is not None:
             _log.warning("relay unavailable, %d left in the queue: %s", counts.left, _reason(counts.outage))
         return counts
 
-    def _work(self, courier: _Courier, fresh: Sequence[str], budget: float) -> None:
+    def _work(self, courier: _Courier, fresh: Sequence[str], budget: float, woken: bool) -> None:
         """Deliver what is *fresh*, then one retry after the other; but what is new by then goes before each."""
-        self._deliver_all(courier, fresh, budget)
+        self._deliver_fresh(courier, fresh, budget, woken)
         self._look_at_deferred()
         while self._retries and self._may_go_on(courier.counts, budget):
-            self._deliver(courier, "deferred", self._retries.popleft())
-            self._deliver_all(courier, self._fresh(), budget)
+            claim = self._claim("deferred", self._retries.popleft())
+            if claim is not None:
+                self._deliver(courier, claim)
+            self._deliver_fresh(courier, self._fresh(), budget)
 
-    def _deliver_all(self, courier: _Courier, fresh: Sequence[str], budget: float) -> None:
-        """Deliver what is *fresh*, within the budget."""
-        for name in fresh:
+    def _deliver_fresh(self, courier: _Courier, names: Sequence[str], budget: float, woken: bool = False) -> None:
+        """Deliver what is called *names* in new/; a processor that was *woken* for several wakes the next one."""
+        wake_next = woken and len(names) > 1
+        for name in names:
             if not self._may_go_on(courier.counts, budget):
                 return
-            self._deliver(courier, "new", name)
+            claim = self._claim("new", name)
+            if claim is not None:
+                if wake_next:
+                    self._queue._wake()
+                    wake_next = False
+                self._deliver(courier, claim)
 
     def _may_go_on(self, counts: _Counts, budget: float) -> bool:
         """Return whether a pass may take another message."""
         return counts.claimed < budget and not self._stopping
 
-    def _deliver(self, courier: _Courier, directory: str, name: str) -> None:
-        """Deliver one message, unless somebody else has claimed it, and keep account."""
-        counts = courier.counts
-        claimed = counts.claimed
-        deferred = counts.deferred
+    def _claim(self, directory: str, name: str) -> _Claim | None:
+        """Claim a message.  None: it is somebody else's, or trouble, and left alone for now."""
         try:
-            courier.deliver(directory, name)
+            claim = self._queue._claim(directory, name)
         except OSError as error:
             self._leave_alone(directory, name, error)
+            return None
+        if directory == "deferred":
+            self._waiting -= 1
+        return claim
+
+    def _deliver(self, courier: _Courier, claim: _Claim) -> None:
+        """Deliver one message, and keep account."""
+        deferred = courier.counts.deferred
+        try:
+            courier.deliver(claim)
+        except OSError as error:
+            self._leave_alone(claim.directory, claim.name, error)
         finally:
-            if directory == "deferred":
-                self._waiting -= 1
-            if counts.deferred > deferred:
-                self._waiting += 1
-            if counts.claimed > claimed:
-                self._finished.append(self._clock())
+            self._waiting += courier.counts.deferred - deferred
+            self._finished.append(self._clock())
 
     def _left(self) -> int:
         """Return how many messages the queue holds (in deferred/: by the latest look, and what was done here since)."""
@@ -2568,7 +2596,7 @@ class QueueProcessorThread(threading.Thread):
     def _remove_litter_hourly(self) -> None:
         """Remove litter, unless that was done less than an hour ago."""
         now = self._clock()
-        if not now < self._next_cleaning <= now + 3600:
+        if not _is_ahead(self._next_cleaning, now, 3600):
             self._next_cleaning = now + 3600
             self._left_alone.clear()
             self._queue._remove_litter(now)
@@ -2593,9 +2621,13 @@ class QueueProcessorThread(threading.Thread):
         return sorted(name for name in self._queue._names("new") if not self._is_left_alone(name))
 
     def _look_at_deferred(self) -> None:
-        """Learn what is due in deferred/: once a minute, or when the first message known to be in it falls due."""
+        """Learn what is due in deferred/, unless that is known.
+
+        It is asked once a minute, or when the first message known to be in it falls due; and not
+        before what was found due the last time has had its turn.
+        """
         now = self._clock()
-        if self._retries or now < self._next_look <= now + _LOOK_INTERVAL:
+        if self._retries or _is_ahead(self._next_look, now, _LOOK_INTERVAL):
             return
         self._next_look = now + _LOOK_INTERVAL
         due = []
@@ -2611,8 +2643,7 @@ class QueueProcessorThread(threading.Thread):
 
     def _is_left_alone(self, name: str) -> bool:
         """Return whether the message called *name* was trouble less than a minute ago."""
-        now = self._clock()
-        return now < self._left_alone.get(name, 0.0) <= now + _LOOK_INTERVAL
+        return _is_ahead(self._left_alone.get(name, 0.0), self._clock(), _LOOK_INTERVAL)
 
     def _leave_alone(self, directory: str, name: str, error: Exception) -> None:
         """Leave alone for a minute what can't be claimed or settled, under both names that it may have."""
@@ -2929,7 +2960,7 @@ def _inject(queue: Maildir, arguments: _Arguments) -> None:
     if not recipients and "-t" not in flags:
         raise _usage("no recipients: name them, or use -t")
     sender = flags.get("-f", flags.get("-r", _user()))
-    sender = ",".join(_completed(sender, domain)).removeprefix("<>")  # several are refused below
+    sender = ",".join(_completed(sender, domain))  # several are refused below
     message = _read_message(flags)
     headers = _headers_of(message)
     if "-t" in flags:
