@@ -2389,6 +2389,7 @@ class QueueProcessorThread(threading.Thread):
         max_age: float = _MAX_AGE,
         soft_bounce: bool = False,
     ) -> None:
+        """Take the arguments that are described above."""
         super().__init__(name="sendmail", daemon=True)
         self._mailer = _as_mailer(mailer)
         self._interval = _number("interval", interval)
