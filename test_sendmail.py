@@ -1,13 +1,12 @@
 """The specification of sendmail.py, as tests against real servers, files, processes and kills.
 
     .venv/bin/python -m pytest -q                   all of it
-    .venv/bin/python -m pytest -q -m "not sweep"    without the long sweeps (a kill or a fault at every system call,
-                                                    power cuts, the orders in which processes can meet)
+    .venv/bin/python -m pytest -q -m "not sweep"    without the sweeps: kills, faults, power cuts, interleavings
     SENDMAIL_TEST_ALL=1 .venv/bin/python -m pytest -q -s -k "power or meet"     every state and schedule, not a sample
     SENDMAIL_TEST_REPLAY='["two processors", [[3, "run", "B"]]]' ...            one schedule, as a failure printed it
 
-Postfix, Exim, strace, and the programs that hand mail to sendmail(8) are used where they are installed; where one is
-not, its tests are skipped, and say so.  Some tests need root rights, and say so too.
+Postfix, Exim, strace, and the programs that hand mail to sendmail(8) are used where they are installed; else their
+tests are skipped, and say so.  Some tests need root rights, and say so too.
 """
 
 from __future__ import annotations
@@ -1435,9 +1434,8 @@ def test_what_goes_wrong_before_mail_is_an_outage_after_one_try(queue, events, s
     before = state(queue)
     login = {"no_tls": True, **LOGIN} if step == "AUTH" else {}
     counts = QueueProcessorThread(queue, server.mailer(timeout=patience(answer), **login)).process()
-    assert isinstance(counts.outage, RelayUnavailable)
     assert (counts.sent, counts.deferred, counts.failed, counts.left) == COUNTS["outage"]
-    assert (state(queue), events) == (before, [])
+    assert (state(queue), events, type(counts.outage)) == (before, [], RelayUnavailable)
     assert [verbs(c).count("AUTH") for c in server.connections] == [int(step == "AUTH")]
     assert "MAIL" not in verbs(server.connections[0])
 
@@ -4296,6 +4294,38 @@ def test_what_is_read_short_is_not_sent_cut_off(queue: Maildir, relay: Relay, mo
         patch.setattr(os, "pread", lambda fd, size, start: read(fd, min(size, 50_000), start))
         assert one_pass(queue, relay).deferred == 1
     assert relay.received == [] and content(queue)[0].endswith(b"x" * 100_000)
+
+
+def test_a_relay_that_goes_in_the_middle_of_a_message_to_many_stops_no_other_message(queue):
+    def act(recipients):
+        if "poison1@x.org" in recipients:
+            return dict.fromkeys(recipients, Reply(421, "4.3.2 closing"))
+        if "poison101@x.org" in recipients:
+            raise RelayUnavailable("refused")
+
+    queue.add("app@x.org", [f"poison{number}@x.org" for number in range(102)], MESSAGE)
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    counts = one_pass(queue, calling(act))
+    assert (counts.sent, counts.deferred, counts.outage) == (1, 1, None)
+
+
+def test_the_exit_of_a_mailer_in_a_thread_is_a_deferral(queue):
+    queue.add("app@x.org", ["ann@x.org"], MESSAGE)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(one_pass, queue, giving(SystemExit("bug"))).result().deferred == 1
+
+
+def test_what_others_have_locked_wakes_no_processor_again_and_is_left(queue, sink, monkeypatch):
+    wake, woken = queue._wake, []
+    monkeypatch.setattr(Maildir, "_wake", lambda _queue: woken.append(1))
+    with contextlib.ExitStack() as locks, running(QueueProcessorThread(queue, sink.mailer(), 3600)) as passes:
+        wait_until(lambda: passes)
+        for number in range(2):
+            held = locks.enter_context(put(queue, f"new/{number}.x").open())
+            fcntl.flock(held, fcntl.LOCK_EX)
+        wake()
+        wait_until(lambda: len(passes) > 1)
+    assert (len(woken), passes[1].left) == (1, 2), "woken once, at its end"
 
 
 def test_what_an_outage_interrupts_counts_as_sent_and_left(queue: Maildir) -> None:
