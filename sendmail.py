@@ -43,7 +43,7 @@ How a claim ends
                 there is no readable envelope
     release     the relay is unavailable, or a claim was abandoned  new/
     requeue     a person wants it to be tried again                 new/, with a fresh name
-    hold        it was sent, and that can't be noted                cur/, until the process ends
+    hold        what became of it can't be noted                    cur/, until the process ends
 
 Guarantees, for what is queued
     1. Every recipient of a committed message stands in a complete file in new/, cur/, deferred/ or
@@ -133,6 +133,7 @@ _LITTER_AGE = 36 * 3600.0  # seconds (Maildir's rule for tmp/)
 _OUTAGE_WAIT_MAX = 60.0  # seconds between two passes, while the relay is unavailable
 _LOSSES_MAX = 3  # messages lost in a row, after which the relay is taken to be down
 _FINAL_REPLY_TIMEOUT = 600.0  # seconds (RFC 5321, 4.5.3.2.6)
+_PATIENCE = 5  # times the timeout, for what may come together with the final reply (RFC 5321, 4.5.3.2: five minutes)
 _LAST_WORDS_TIMEOUT = 1.0  # seconds, for what the relay has said before a write failed
 _REPLY_LINES = 1000  # of one reply, at most
 _REPLY_LINE = 8192  # bytes of one line, at most
@@ -245,7 +246,7 @@ def notify(event: MailEvent) -> None:
         except KeyboardInterrupt:
             raise
         except BaseException:  # it is anybody's code
-            if os.getpid() != pid:  # a fork of the handler's ends as it likes
+            if os.getpid() != pid:  # the exit of a fork that the handler made
                 raise
             _log.exception("event handler %r failed on %r", handler, event)
 
@@ -787,7 +788,7 @@ class _Dialogue(smtplib.SMTP):
         self._broken: OSError | None = None  # why nothing can be written any more
         self._carried = False  # a message before the one on its way
         self._data_written = False  # of the message on its way, or a part of it
-        self._awaits_verdict = False  # what is read next are the replies to the data
+        self._awaited = ""  # the reply: to 'MAIL', to 'RCPT' or DATA, or to the 'data'; '' for any other
         super().__init__(*relay, ehlo_name, timeout=timeout, **options)
 
     def getreply(self) -> tuple[int, bytes]:
@@ -820,7 +821,8 @@ class _Dialogue(smtplib.SMTP):
         this one should be tried on another.
         """
         replies: dict[str, Reply] = {}
-        self._data_written = self._awaits_verdict = False
+        self._data_written = False
+        self._awaited = "MAIL"
         try:
             self._transact(fromaddr, toaddrs, message, replies, chunking)
         except _Lost as lost:
@@ -833,7 +835,6 @@ class _Dialogue(smtplib.SMTP):
         except BaseException:
             self.close()
             raise
-        self._carried = True
         return replies
 
     def _transact(
@@ -871,14 +872,16 @@ class _Dialogue(smtplib.SMTP):
             if accepted:
                 verdict = self._send_data(message, accepted, written=False)
         replies.update(dict.fromkeys(accepted, verdict))
-        if verdict.outcome != "sent":
-            self._reset()
-        elif not accepted:  # a chunk for nobody was taken: this is not RFC 3030's dialogue
+        self._carried = True
+        if verdict.outcome == "sent" and not accepted:  # a chunk for nobody was taken: this is not RFC 3030's dialogue
             self.close()
+        elif verdict.outcome != "sent" and (chunking or not self._data_written):  # else the transaction is over
+            self._reset()
 
     def _reset(self) -> None:
         """End a transaction that may be open, or the next would be nested in it (RFC 5321, 4.1.1.5)."""
         self._data_written = False
+        self._awaited = ""
         self._write(b"RSET\r\n")
         try:
             refused = self._answer().outcome != "sent"
@@ -921,6 +924,7 @@ class _Dialogue(smtplib.SMTP):
         sender = self._answer_to(mail, written)
         if self._carried and sender.code // 100 == 4:  # relays limit the messages of a connection
             raise _Lost(sender, resend=True)
+        self._awaited = "RCPT"
         replies.update(dict.fromkeys(recipients, sender))
         for address, command in recipients.items():
             if sender.outcome == "sent":
@@ -931,7 +935,8 @@ class _Dialogue(smtplib.SMTP):
 
     def _send_chunks(self, message: bytes, size: int) -> Reply:
         """Send a large *message* by BDAT (RFC 3030); return the reply to the last chunk, or the first refusal."""
-        self._data_written = self._awaits_verdict = True
+        self._data_written = True
+        self._awaited = "data"
         chunks = sent = 0
         for chunk in _wire_pieces(message, dots=False):
             chunks += 1
@@ -995,13 +1000,13 @@ class _Dialogue(smtplib.SMTP):
     def _answer(self, final: bool = False, go_ahead: int = 0) -> Reply:
         """Return the next reply.  Raise `_Lost` where there is none, or none that we could go on after."""
         if final:
-            self._awaits_verdict = True
+            self._awaited = "data"
         if self._broken is not None:
             seconds = _LAST_WORDS_TIMEOUT
         elif final:
             seconds = _FINAL_REPLY_TIMEOUT
         elif self._data_written:  # a relay may keep all its replies until it has done with the data (RFC 2920, 3.2)
-            seconds = min(10 * self.timeout, _FINAL_REPLY_TIMEOUT)
+            seconds = _PATIENCE * self.timeout
         else:
             seconds = self.timeout
         try:
@@ -1010,7 +1015,7 @@ class _Dialogue(smtplib.SMTP):
             raise self._loss(self._broken or error) from error
         reply = Reply(code, text, self.relay)  # type: ignore[arg-type]
         if code == 421:
-            raise _Lost(reply, resend=not self._awaits_verdict)
+            raise _Lost(reply, resend=self._awaited in ("MAIL", "RCPT"))
         understood = 200 <= code < 300 or 400 <= code < 600 or code == go_ahead
         # what was not written whole was not accepted, whatever this is the answer to
         if not understood or (final and self._broken is not None and reply.outcome == "sent"):
@@ -1023,7 +1028,8 @@ class _Dialogue(smtplib.SMTP):
         if self._data_written:
             text += "; the relay may have taken the message"
         disconnected = isinstance(reason, OSError) and not isinstance(reason, TimeoutError)
-        return _Lost(Reply(421, text, self.relay), resend=disconnected and not self._awaits_verdict)
+        untaken = self._awaited == "MAIL" or (self._awaited == "RCPT" and not self._data_written)
+        return _Lost(Reply(421, text, self.relay), resend=disconnected and untaken)
 
     def _read_reply(self, seconds: float) -> tuple[int, bytes]:
         """Read one reply (RFC 5321, 4.2), all of it within *seconds*.  Raise `OSError` if it does not come."""
@@ -1114,9 +1120,9 @@ class SMTPMailer:
     implicit_tls  speak TLS from the start (RFC 8314), as on port 465
     auth          the one mechanism to use, CRAM-MD5, PLAIN, LOGIN or XOAUTH2; by default the relay's
                   best of the first three
-    timeout       in seconds, for each step: connecting, a write, a whole reply; ten times that for a
-                  reply to what went out together with the data, and ten minutes for the one to the
-                  data (RFC 5321, 4.5.3.2.6)
+    timeout       in seconds, for each step: connecting, a write, a whole reply; five times that for
+                  a reply to what went out together with the data, and ten minutes for the one to the
+                  data (RFC 5321, 4.5.3.2)
     context       verifies, in place of the system's authorities
 
     Certificate and host name are verified wherever TLS is required or a password is sent, and no
@@ -1432,7 +1438,7 @@ def _fsync_all(paths: Sequence[str]) -> None:
         raise errors[0]
 
 
-_fork_lock = threading.RLock()  # held while a claim is opened, exchanged or closed: a fork waits for that
+_fork_lock = threading.RLock()  # held while a claim is opened or closed: a fork waits for that
 _claimed: set[int] = set()  # the descriptors of this process's claims
 
 
@@ -1706,7 +1712,7 @@ class Maildir:
 class _Claim:
     """A message whose file is open and locked: nobody else may send, move or unlink it.
 
-    It is made by `Maildir._claim` (or `_lock`, where the file is to stay), and ends with `close()`,
+    It is made by `Maildir._claim` (or `_lock`, which leaves the file where it is), and ends with `close()`,
     whatever happens.  Before that, one of `remove`, `defer`, `give_up`, `release`, `requeue` and
     `hold` leads the message to its next state; if none does, the next pass finds it abandoned.
     """
@@ -1761,11 +1767,12 @@ class _Claim:
                 self.shorten(toaddrs)
             else:
                 self.replace(toaddrs, error)
-        except OSError as trouble:  # as on a disk that is too full for another file
-            _log.error("%s: %s", _printable(self.path), _reason(trouble))
-            if in_place:
+        except OSError as trouble:
+            if in_place:  # there is no room for the list, or it is repoze.sendmail's
                 self.replace(toaddrs, error)
-            elif toaddrs != self.toaddrs:  # an error line alone is not worth it
+                return
+            _log.error("%s: %s", _printable(self.path), _reason(trouble))
+            if toaddrs != self.toaddrs:  # an error line alone is not worth it
                 self.shorten(toaddrs)
 
     def replace(self, toaddrs: tuple[str, ...], error: str) -> None:
@@ -1788,7 +1795,8 @@ class _Claim:
         self.queue._secure("cur")
 
     def shorten(self, toaddrs: tuple[str, ...]) -> None:
-        """Write a shorter list over that in the file."""
+        """Write a shorter list over that in the file.  Raise `OSError` if that can't be done."""
+        self.own_path()
         found = _ENVELOPE.match(_read_head(self.fd))
         line = f" {', '.join(toaddrs)}".encode()
         if not found or len(line) > len(found[2]):
@@ -1841,8 +1849,8 @@ class _Claim:
         self.name = name
 
     def close(self) -> None:
-        """End the claim, unless it is held."""
-        if not self.held:
+        """End the claim, unless it is held, or its parent's in a fork (whose descriptor is closed by now)."""
+        if not self.held and self.pid == os.getpid():
             _close(self.fd)
 
 
@@ -1918,7 +1926,7 @@ def _error_line(replies: Mapping[str, Reply]) -> str:
 
 @dataclasses.dataclass
 class _Courier:
-    """Claims messages, sends them and settles them, recipient by recipient: for one pass, or one commit.
+    """Sends claimed messages, and settles them, recipient by recipient: for one pass, or one commit.
 
     What is on disk follows each reply at once: first who was sent to is struck out, then who failed
     gets a copy in .failed/, then who is deferred keeps the file.  Only after each of these an event
@@ -1972,16 +1980,18 @@ class _Courier:
     def _attempt(self, claim: _Claim) -> None:
         """Send to one group of recipients after the other, and settle the message by their replies."""
         failed: dict[str, Reply] = {}
-        deferred: dict[str, Reply] = {}  # in an outage, these two are left unsettled: the file still names them
+        deferred: dict[str, Reply] = {}  # where an outage ends it, these two stay unsettled: the file still names them
         answers: list[Reply] = []
         groups = _groups(claim.toaddrs)
-        for group in groups:
+        for number, group in enumerate(groups):
             try:
                 replies = _ask(self.mailer, claim.fromaddr, group, claim.message)
             except RelayUnavailable as error:
                 if not any(answer.code in _LOSS_CODES for answer in answers):
                     raise
-                replies = dict.fromkeys(group, Reply(421, f"4.4.1 {error}"))  # it may be for this message
+                for rest in groups[number:]:  # it may be this message that the relay hangs up on
+                    deferred.update(dict.fromkeys(rest, Reply(421, f"4.4.1 {error}")))
+                break
             answers += replies.values()
             sent, others = _sent_and_others(replies)
             if sent:
@@ -1999,9 +2009,10 @@ class _Courier:
                     deferred[address] = reply
         self._count_loss(answers)
         if failed:
-            self._settle_failed(claim, failed, others_wait=bool(deferred))
-        if deferred:
+            self._settle_failed(claim, failed, deferred)
+        elif deferred:
             claim.note(deferred, _error_line(deferred))
+        if deferred and not claim.held:
             self._defer(claim, deferred)
 
     def _count_loss(self, answers: Sequence[Reply]) -> None:
@@ -2024,10 +2035,14 @@ class _Courier:
             claim.hold(trouble)
         self._tell(claim, "sent", sent)
 
-    def _settle_failed(self, claim: _Claim, failed: Mapping[str, Reply], others_wait: bool) -> None:
-        """Give up for those who are *failed*: by a copy, if there are others, who keep the file."""
-        if others_wait:
+    def _settle_failed(self, claim: _Claim, failed: Mapping[str, Reply], deferred: Mapping[str, Reply]) -> None:
+        """Give up for those who are *failed*: by a copy, if others are *deferred*, who keep the file."""
+        if deferred:
             claim.give_up_for(failed, _error_line(failed))
+            try:
+                claim.note(deferred, _error_line(deferred))
+            except Exception as trouble:  # or else there would be one more copy at each attempt
+                claim.hold(trouble)
         else:
             claim.note(failed, _error_line(failed))
             claim.give_up()
@@ -2102,7 +2117,7 @@ class _Memory:
 
 
 def _not_sent(error: BaseException) -> Reply:
-    """Return what becomes of a message whose turn did not come, for *error* came first."""
+    """Return the reply to a message that *error*, an outage or an interrupt, came in the way of."""
     return Reply(451, f"4.4.1 {_reason(error)}")
 
 
@@ -2401,8 +2416,8 @@ class QueueProcessorThread(threading.Thread):
         self._queue = _as_queue(queue)
         self._clock: Callable[[], float] = time.time
         self._stopping = False
-        self._bell = (-1, -1)  # a pipe, while this runs: what waits is woken by it
-        self._finished: collections.deque[float] = collections.deque(maxlen=batch or 0)  # when, of the latest messages
+        self._make_bell()
+        self._finished: collections.deque[float] = collections.deque()  # when, of the latest *batch* messages
         self._retries: collections.deque[str] = collections.deque()  # what is due in deferred/, in order
         self._waiting = 0  # messages in deferred/, when it was last looked at, and by what was done here since
         self._left_alone: dict[str, float] = {}  # what can't be claimed or settled, and until when
@@ -2411,14 +2426,12 @@ class QueueProcessorThread(threading.Thread):
         self._outage_began = 0.0  # 0: there is none
 
     def _make_bell(self) -> None:
-        """Make the pipe that `stop()` writes to: a signal handler may, where an Event could dead-lock.
-
-        It is made where it is read, for what one fork reads from a pipe is lost to the others.
-        """
+        """Make the pipe that `stop()` writes to: a signal handler may, where an Event could dead-lock."""
+        self._pid = os.getpid()
         self._bell = os.pipe()
         for end in self._bell:
             os.set_blocking(end, False)
-            weakref.finalize(self, os.close, end).atexit = False  # there `_stop_and_join` still needs it
+            weakref.finalize(self, os.close, end)
 
     def start(self) -> None:
         """Start the thread; interpreter exit stops and joins it.
@@ -2432,7 +2445,7 @@ class QueueProcessorThread(threading.Thread):
     def stop(self) -> None:
         """Finish the message in hand, and start no other.  Returns at once, also in a signal handler."""
         self._stopping = True
-        with contextlib.suppress(OSError):  # it is full, or does not run yet
+        with contextlib.suppress(OSError):
             os.write(self._bell[1], b"\0")
 
     def _stop_and_join(self) -> None:
@@ -2443,7 +2456,8 @@ class QueueProcessorThread(threading.Thread):
 
     def run(self) -> None:
         """Make passes until `stop()`."""
-        self._make_bell()
+        if self._pid != os.getpid():  # what is read from the bell of several forks is lost to the others
+            self._make_bell()
         woken = False
         try:
             while not self._stopping:
@@ -2580,7 +2594,8 @@ class QueueProcessorThread(threading.Thread):
             self._leave_alone(claim.directory, claim.name, error)
         finally:
             self._waiting += courier.counts.deferred - deferred
-            self._finished.append(self._clock())
+            if self._batch < math.inf:
+                self._finished.append(self._clock())
 
     def _left(self) -> int:
         """Return how many messages the queue holds (in deferred/: by the latest look, and what was done here since)."""
