@@ -2689,8 +2689,8 @@ _OPTIONS: tuple[tuple[str, str, str, str], ...] = (
     ("no-tls", "", "pass", "never use TLS"),
     ("force-tls", "", "pass", "require STARTTLS"),
     ("implicit-tls", "", "pass", "speak TLS from the start, as on port 465"),
-    ("timeout", "SECONDS", "pass", "for each step of the dialogue (default: 60);\n"
-     "the reply to the data has ten minutes"),
+    ("timeout", "SECONDS", "pass", "for each step of the dialogue (default: 60); five\n"
+     "times that once the data is out, and ten minutes\nfor the reply to it"),
     ("list", "", "list", "show the queue,"),
     ("json", "", "list", "as a JSON object for each message"),
     ("requeue", "", "requeue", "make failed and deferred messages due again"),
