@@ -8,9 +8,8 @@ The peers are zope.sendmail (by pip, in a venv under ~/.cache/sendmail-bench), P
 installed, for root), another version of this module (`--before`), and a baseline that does the minimum.  What is not
 there is left out, and said.  Nothing is left behind but the cache.
 
-Absolute figures differ by a factor of three from run to run: contenders take turns (ABAB...), and only ratios of
-medians within a run count.  Messages have 2 KB.  Rates are from the start of a pass to its end, without the start of
-the process; Postfix is timed from the flush of its queue until that is empty.
+Absolute figures differ by a factor of three from run to run: contenders take turns (ABBA...), and ratios of medians
+within a run count.  Messages have 2 KB.  Rates are those of a pass; Postfix's, from a flush until its queue is empty.
 
 The relay is a sink of our own, the same for all, which offers PIPELINING, CHUNKING, SIZE and 8BITMIME, counts what is
 lost, duplicated, damaged or has a bare CR or LF, and counts turns: how often it had answered all that had come, and had
@@ -553,14 +552,10 @@ class Bench:
             self.workers.pop().end()
 
     def in_turns(self, row: str, rounds: int, contenders: Sequence[str], figure: Any, *arguments: Any) -> None:
-        """Take a figure of each contender that is to be had, in each round; where one fails, the others go on.
-
-        Every other round is in the opposite order, and nobody pays for what another has left to the disk.
-        """
-        order = [who for turn in range(rounds) for who in contenders[:: 1 - 2 * (turn % 2)]]
-        for who in order:
+        """Take a figure of each contender that is to be had, in each round; where one fails, the others go on."""
+        for who in [who for turn in range(rounds) for who in contenders[:: 1 - 2 * (turn % 2)]]:
             if who in self.contenders and (row, who) not in self.failed:
-                os.sync()
+                os.sync()  # or one would pay for what another has left to the disk
                 try:
                     self.add(row, who, figure(who, *arguments))
                 except FAILURES as error:
