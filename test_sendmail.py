@@ -235,7 +235,8 @@ def queue(tmp_path: pathlib.Path) -> Maildir:
 
 @pytest.fixture(autouse=True)
 def clean_slate() -> Iterator[None]:
-    """No subscriber and no transaction left over from one test to the next."""
+    """No subscriber and no transaction left over from one test to the next; SIGINT is heard in the background, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     sendmail._handlers.clear()
     transaction.manager.explicit = False
@@ -5438,8 +5439,7 @@ def test_mailer_of_zope_sendmail_works_here(queue, relay, events):
 # ------------------------------------------------------------------------------------------------------------ documents
 
 README = MODULE.with_name("README.md").read_text()
-SHOP = "shop@example.com"
-SUBJECT = "Your order"
+SHOP, SUBJECT = "shop@example.com", "Your order"
 
 # The words before each example, and the language of the example.  None is without its test below.
 EXAMPLES = {
