@@ -234,7 +234,7 @@ def unsubscribe(handler: Callable[[Any], object]) -> None:
 
 
 def notify(event: MailEvent) -> None:
-    """Call every handler with *event*, each in a new transaction; raise nothing that a handler raises.
+    """Call every handler with *event*, each in a new transaction; raise nothing of theirs but an interrupt.
 
     Deliveries and processors do so themselves; it is here for mailers, and for tests of handlers.
     """
@@ -597,7 +597,8 @@ class RelayUnavailable(Exception):
 
     That is whatever goes wrong before MAIL: connection, DNS, TLS, banner, EHLO and AUTH; and a relay
     that three messages in a row were lost by.  Its text says why, in one line for people.  A mailer
-    may raise it; a processor ends its pass there, and `process()` returns it as `outage`.
+    may raise it; a processor ends its pass there, and `process()` returns it as `outage`.  Between
+    the groups of a hundred recipients of one message, after a loss, it defers that message instead.
     """
 
 
@@ -757,8 +758,8 @@ def _wire_pieces(message: bytes, dots: bool) -> Iterator[bytes]:
 class _Lost(Exception):
     """The connection can't be used any more, and *reply* is what that means for the message on its way.
 
-    *resend* is whether the relay ended it without a verdict on that message, or wants a new one:
-    then the message may be sent again at once.
+    *resend* is whether the relay ended it before it came to that message, by all that we know, or
+    wants a new one: then the message may be sent again at once.
     """
 
     def __init__(self, reply: Reply, resend: bool = False) -> None:
@@ -1028,6 +1029,7 @@ class _Dialogue(smtplib.SMTP):
         if self._data_written:
             text += "; the relay may have taken the message"
         disconnected = isinstance(reason, OSError) and not isinstance(reason, TimeoutError)
+        # a relay that says nothing at all to a message has dropped the connection before, for its limits
         untaken = self._awaited == "MAIL" or (self._awaited == "RCPT" and not self._data_written)
         return _Lost(Reply(421, text, self.relay), resend=disconnected and untaken)
 
@@ -1514,9 +1516,9 @@ class Maildir:
     def add(self, fromaddr: str, toaddrs: str | Iterable[str], message: _Content) -> str:
         """Queue a message without a transaction; return its id (without angle brackets).
 
-        On return it is durable (see guarantee 4), and a waiting processor has been woken.  The arguments are those of
-        `QueuedMailDelivery.send()`.  Raise `ValueError` or `TypeError` as that does, and `OSError` if
-        the message can't be written.
+        On return it is durable (see guarantee 4), and a waiting processor has been woken.  The
+        arguments are those of `QueuedMailDelivery.send()`.  Raise `ValueError` or `TypeError` as that
+        does, and `OSError` if the message can't be written.
         """
         draft = _check(fromaddr, toaddrs, message)
         self._refuse_links(_FOR_NEW_MAIL)
@@ -1712,9 +1714,10 @@ class Maildir:
 class _Claim:
     """A message whose file is open and locked: nobody else may send, move or unlink it.
 
-    It is made by `Maildir._claim` (or `_lock`, which leaves the file where it is), and ends with `close()`,
-    whatever happens.  Before that, one of `remove`, `defer`, `give_up`, `release`, `requeue` and
-    `hold` leads the message to its next state; if none does, the next pass finds it abandoned.
+    It is made by `Maildir._claim` (or `_lock`, which leaves the file where it is), and ends with
+    `close()`, whatever happens.  Before that, one of `remove`, `defer`, `give_up`, `release`,
+    `requeue` and `hold` leads the message to its next state; if none does, the next pass finds it
+    abandoned.
     """
 
     queue: Maildir
